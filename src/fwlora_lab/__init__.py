@@ -1,0 +1,1 @@
+"""The experiments around the method: run configs, data, backbones, training, records."""
