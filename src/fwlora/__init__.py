@@ -1,0 +1,18 @@
+"""Fisher-Weighted LoRA: one added line that shrinks the updates of matrices which little gradient reaches."""
+
+from typing import TYPE_CHECKING, Any
+
+from fwlora.method import FisherWeightedLoRA, FWLoraConfig, attach
+
+if TYPE_CHECKING:
+    from fwlora.trainer import FWLoraCallback
+
+__all__ = ["FWLoraCallback", "FWLoraConfig", "FisherWeightedLoRA", "attach"]
+
+
+def __getattr__(name: str) -> Any:
+    if name == "FWLoraCallback":  # importing transformers' Trainer takes seconds
+        from fwlora.trainer import FWLoraCallback
+
+        return FWLoraCallback
+    raise AttributeError(f"module 'fwlora' has no attribute {name!r}")

@@ -1,0 +1,159 @@
+"""One view of every (A, B, scale, frozen matrix) of a PEFT model, whatever layer class holds it."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+
+from peft.tuners.lora import LoraLayer
+from peft.tuners.lora.layer import Embedding, MultiheadAttention, ParamWrapper, _ConvNd
+from peft.tuners.tuners_utils import BaseTuner
+from torch import nn
+
+# These start by taking a part out of the frozen weight and putting it into BA, so that s·B·A is not the change.
+_SPLITTING_INITS = ("pissa", "olora", "corda", "loftq", "lora_ga")
+
+
+@dataclass(frozen=True)
+class Pair:
+    """One adapter's factors: `ΔW = s·B·A`, A [r, d_in], B [d_out, r]."""
+
+    layer: LoraLayer
+    adapter: str
+    a: nn.Parameter
+    b: nn.Parameter
+
+    @property
+    def scale(self) -> float:
+        """s, as PEFT has it now (alpha/r, or alpha/√r with rsLoRA)."""
+        return self.layer.scaling[self.adapter]
+
+
+@dataclass(frozen=True)
+class Target:
+    """A frozen matrix and the active, trainable adapters on it."""
+
+    name: str
+    layer: nn.Module
+    pairs: tuple[Pair, ...]
+
+    @property
+    def in_features(self) -> int:
+        return self.layer.in_features  # type: ignore[return-value]
+
+    @property
+    def out_features(self) -> int:
+        return self.layer.out_features  # type: ignore[return-value]
+
+
+def find_targets(model: nn.Module) -> list[Target]:
+    """Every frozen matrix of `model` that carries an active, trainable LoRA adapter, in the model's order.
+
+    A module that is used in several places (tied) is one target.
+
+    Raises:
+        ValueError: no such matrix, or a kind of adapter for which ΔW is not s·B·A of a Linear layer.
+    """
+    _refuse_splitting_inits(model)
+    targets = []
+    seen_layer = False
+    for name, layer in model.named_modules():
+        if not isinstance(layer, LoraLayer):
+            continue
+        seen_layer = True
+        pairs = tuple(
+            _pair(name, layer, adapter)
+            for adapter in layer.active_adapters
+            if _trainable(layer, adapter)
+        )
+        if pairs:
+            targets.append(Target(_bare(name), layer, pairs))
+    if targets:
+        return targets
+    if seen_layer:
+        raise ValueError(
+            "fwlora found LoRA layers, but none whose active adapter is trainable: load it with "
+            "is_trainable=True, or choose the adapter to train with model.set_adapter(name)."
+        )
+    raise ValueError(
+        "fwlora found no LoRA layer in this model: wrap it first, for example with "
+        "peft.get_peft_model(model, LoraConfig(...)), and pass the wrapped model."
+    )
+
+
+def _bare(name: str) -> str:
+    """The module's name in the model that the user knows, without the wrappers' prefixes."""
+    while (bare := re.sub(r"^(module|_orig_mod|base_model\.model)\.", "", name)) != name:
+        name = bare
+    return name
+
+
+def _trainable(layer: LoraLayer, adapter: str) -> bool:
+    holders = (layer.lora_A, layer.lora_B, layer.lora_embedding_A, layer.lora_embedding_B)
+    return any(
+        p.requires_grad
+        for holder in holders
+        if adapter in holder
+        for p in _parameters(holder[adapter])
+    )
+
+
+def _parameters(item: nn.Module | nn.Parameter) -> list[nn.Parameter]:
+    return [item] if isinstance(item, nn.Parameter) else list(item.parameters())
+
+
+def _pair(name: str, layer: LoraLayer, adapter: str) -> Pair:
+    def refuse(cause: str, cure: str) -> ValueError:
+        return ValueError(f"fwlora cannot weigh {_bare(name)!r} (adapter {adapter!r}): {cause}. {cure}")
+
+    if isinstance(layer, Embedding) or adapter in layer.lora_embedding_A:
+        raise refuse(
+            "it is an embedding, where the rows that a batch does not use get no gradient",
+            "Leave it out of target_modules, or name it in exclude_modules.",
+        )
+    if isinstance(layer, (_ConvNd, MultiheadAttention, ParamWrapper)):
+        raise refuse(
+            f"{type(layer).__name__} is not a Linear layer",
+            "Leave it out of target_modules (and of target_parameters).",
+        )
+    variant = layer.lora_variant.get(adapter)
+    if variant is not None or layer.use_dora.get(adapter):
+        kind = type(variant).__name__ if variant is not None else "DoRA"
+        raise refuse(
+            f"with {kind} the change of the weight is not s·B·A",
+            "Use plain LoRA (use_dora=False and no other variant).",
+        )
+    a = getattr(layer.lora_A[adapter], "weight", None)
+    b = getattr(layer.lora_B[adapter], "weight", None)
+    if not isinstance(a, nn.Parameter) or not isinstance(b, nn.Parameter):
+        raise refuse(
+            f"{type(layer).__name__} does not hold A and B as Linear layers (AdaLoRA, for example, does not)",
+            "Use a LoraConfig.",
+        )
+    if hasattr(a, "ds_id") or hasattr(b, "ds_id"):
+        raise refuse(
+            "its factors are partitioned by ZeRO stage 3",
+            "Use ZeRO stage 2 or lower: adapters are too small to be worth partitioning.",
+        )
+    if hasattr(a, "device_mesh") or hasattr(b, "device_mesh"):
+        raise refuse(
+            "its factors are sharded over devices (DTensor)",
+            "Leave the adapters out of sharding: they are too small to be worth it.",
+        )
+    if layer.merged:
+        raise refuse("the adapter is merged into the weight", "Call model.unmerge_adapter() first.")
+    return Pair(layer, adapter, a, b)
+
+
+def _refuse_splitting_inits(model: nn.Module) -> None:
+    for module in model.modules():
+        if not isinstance(module, BaseTuner):
+            continue
+        for adapter, config in module.peft_config.items():
+            init = getattr(config, "init_lora_weights", None)
+            if isinstance(init, str) and init.lower().startswith(_SPLITTING_INITS):
+                raise ValueError(
+                    f"fwlora cannot weigh adapter {adapter!r}: init_lora_weights={init!r} moves a part of the "
+                    "frozen weight into B·A, so that s·B·A is not the change of the weight. "
+                    "Use init_lora_weights=True or 'gaussian'."
+                )
