@@ -1,8 +1,8 @@
 """From a parameter budget to a rank for every matrix, and back to what a model really holds.
 
-An adapter of rank r on a d_in -> d_out matrix has r·(d_in + d_out) parameters, so a budget buys units of rank whose
-prices differ from matrix to matrix. `rank_pattern` buys as evenly as integers allow, `lora_kwargs` writes the result down
-for PEFT, `count` reads back what was built.
+An adapter of rank r on a d_in -> d_out matrix has r·(d_in + d_out) parameters, so a budget buys
+units of rank whose prices differ from matrix to matrix. `rank_pattern` buys as evenly as integers
+allow, `lora_kwargs` writes the result down for PEFT, `count` reads back what was built.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import ModulesToSaveWrapper
 from torch import nn
 
-# Steps after which the search for the most proportional pattern keeps the best one found. Up to six prices it ends far
-# earlier by itself; the cap bounds the time on models with dozens of different shapes.
+# Steps after which the search for the most proportional pattern keeps the best one found. Up to six
+# prices it ends far earlier by itself; the cap bounds the time on models with dozens of shapes.
 _SEARCH_STEPS = 20_000
 
 
@@ -56,9 +56,9 @@ class Counts:
 def matrices(model: nn.Module, names: Sequence[str]) -> list[Matrix]:
     """The Linear and Conv1D modules that `names` mean in a plain model, in the model's order.
 
-    A name is a full module name or its end after a dot, which is the rule of PEFT's `target_modules`. Only shapes are
-    read: the model may be on the meta device. Raises ValueError for a name without a match and for a match that is
-    neither Linear nor Conv1D.
+    A name is a full module name or its end after a dot, which is the rule of PEFT's
+    `target_modules`. Only shapes are read: the model may be on the meta device. Raises ValueError
+    for a name without a match and for a match that is neither Linear nor Conv1D.
     """
     if isinstance(names, str):
         raise ValueError(f"names is the single string {names!r}; pass a list of module names")
@@ -79,8 +79,9 @@ def matrices(model: nn.Module, names: Sequence[str]) -> list[Matrix]:
 def parameters_of_percent(percent: float, backbone_parameters: int) -> int:
     """The whole number of parameters in `percent` of the backbone, rounded down.
 
-    The percentage is taken as the decimal number that it is written as, so 0.29 % of 10,000 is 29 and not 28. Raises
-    ValueError for a percentage that is not a positive finite number and for a backbone without parameters.
+    The percentage is taken as the decimal number that it is written as, so 0.29 % of 10,000 is 29
+    and not 28. Raises ValueError for a percentage that is not a positive finite number and for a
+    backbone without parameters.
     """
     _positive_number("percent", percent)
     _whole_number("backbone_parameters", backbone_parameters)
@@ -92,23 +93,27 @@ def parameters_of_percent(percent: float, backbone_parameters: int) -> int:
 def rank_pattern(matrices: Sequence[Matrix], budget: int) -> dict[str, int]:
     """A rank for every matrix, as near uniform as integers allow, never above `budget` parameters.
 
-    Every matrix gets ⌊budget / Σ cost⌋; what is left buys one more unit for some. Those are chosen to use the most
-    parameters; among equals, so that each kind of matrix (kind = cost) gets the most equal share,
-    min Σ_k n_k·(m_k/n_k − f)² for m_k of n_k matrices and f the share over all; within a kind, evenly over depth (the order
-    given). Rank 0 means no adapter. Raises ValueError for a budget that buys no rank at all or one above min(d_in, d_out).
+    Every matrix gets ⌊budget / Σ cost⌋; what is left buys one more unit for some. Those are chosen
+    to use the most parameters; among equals, so that the kinds of matrix (kind = cost) get the most
+    equal shares, min Σ_k n_k·(m_k/n_k − f)² for m_k of n_k matrices of kind k and f the share of
+    all; within a kind, evenly over depth (the order given). Rank 0 means no adapter. Raises
+    ValueError for a budget that buys no rank at all or one above min(d_in, d_out).
     """
     if not matrices:
-        raise ValueError("there is no matrix to give a rank to; check the names of the target modules")
+        raise ValueError(
+            "there is no matrix to give a rank to; check the names of the target modules"
+        )
     if len({m.name for m in matrices}) < len(matrices):
         raise ValueError("a matrix is listed twice; list each name once")
     for m in matrices:
         if min(m.in_features, m.out_features) < 1:
-            raise ValueError(f"{m.name} is {m.in_features} -> {m.out_features}; a matrix has at least 1 row and column")
+            raise ValueError(f"{m.name} is {m.in_features} -> {m.out_features}, not a matrix")
     _whole_number("budget", budget, " (parameters_of_percent turns a percentage into one)")
     cheapest = min(m.cost for m in matrices)
     if budget < cheapest:
         raise ValueError(
-            f"a budget of {budget:,} parameters buys no adapter: rank 1 of the cheapest matrix costs {cheapest:,}"
+            f"a budget of {budget:,} parameters buys no adapter: "
+            f"rank 1 of the cheapest matrix costs {cheapest:,}"
         )
 
     total = sum(m.cost for m in matrices)
@@ -116,9 +121,10 @@ def rank_pattern(matrices: Sequence[Matrix], budget: int) -> dict[str, int]:
     smallest = min(matrices, key=_limit)
     if base > _limit(smallest):
         raise ValueError(
-            f"a budget of {budget:,} parameters gives every matrix rank {base}, but {smallest.name} "
-            f"({smallest.in_features} -> {smallest.out_features}) holds at most {_limit(smallest)}; "
-            f"stay below {(_limit(smallest) + 1) * total:,} parameters or leave that matrix out"
+            f"a budget of {budget:,} parameters gives every matrix rank {base}, but "
+            f"{smallest.name} ({smallest.in_features} -> {smallest.out_features}) holds at most "
+            f"{_limit(smallest)}; stay below {(_limit(smallest) + 1) * total:,} parameters or "
+            f"leave that matrix out"
         )
 
     kinds: dict[int, list[Matrix]] = {}
@@ -135,10 +141,11 @@ def rank_pattern(matrices: Sequence[Matrix], budget: int) -> dict[str, int]:
 
 
 def lora_kwargs(pattern: Mapping[str, int], scale: float) -> dict[str, Any]:
-    """Keyword arguments of `peft.LoraConfig` that give each matrix its rank and all of them s = alpha / r = `scale`.
+    """Arguments of `peft.LoraConfig` for each matrix's rank, with s = alpha / r = `scale` for all.
 
-    Full module names without the prefix that PEFT adds. Not for rsLoRA, where s = alpha / √r, nor for AdaLoRA, which keeps no
-    rank per matrix. Raises ValueError if no rank is positive.
+    `pattern` holds full module names of the plain model, without the prefix that PEFT adds. Not for
+    rsLoRA, where s = alpha / √r, nor for AdaLoRA, which takes no rank per matrix. Raises ValueError
+    for a negative rank, for a pattern of zeros and for a scale that is not positive.
     """
     _positive_number("scale", scale)
     for name, rank in pattern.items():
@@ -151,11 +158,11 @@ def lora_kwargs(pattern: Mapping[str, int], scale: float) -> dict[str, Any]:
 
     def alpha(rank: int) -> int | float:
         exact = scale * rank
-        return int(exact) if exact == int(exact) else float(exact)  # whole numbers are what PEFT's own files hold
+        return int(exact) if exact == int(exact) else float(exact)  # PEFT's own type is int
 
     largest = max(ranks.values())
-    # PEFT tries every key on every module, so only matrices that differ from the common values are listed; "^" because
-    # it would otherwise accept a key at the end of a longer name.
+    # PEFT tries every key on every module, so only what differs from the common values is listed;
+    # "^" because it would otherwise accept a key at the end of a longer name.
     differing = {"^" + re.escape(name): rank for name, rank in ranks.items() if rank != largest}
     kwargs = {
         "r": largest,
@@ -164,7 +171,7 @@ def lora_kwargs(pattern: Mapping[str, int], scale: float) -> dict[str, Any]:
         "rank_pattern": differing,
         "alpha_pattern": {key: alpha(rank) for key, rank in differing.items()},
     }
-    # PEFT takes a target name for the end of longer names too; matrices of rank 0 must not come in that way.
+    # PEFT takes a target for the end of longer names too: no matrix of rank 0 may come in that way.
     ends = tuple("." + name for name in ranks)
     shadowed = [name for name in pattern if name not in ranks and name.endswith(ends)]
     if shadowed:
@@ -173,12 +180,13 @@ def lora_kwargs(pattern: Mapping[str, int], scale: float) -> dict[str, Any]:
 
 
 def count(model: nn.Module) -> Counts:
-    """What a model that PEFT has prepared holds: backbone, adapters and head, tied tensors counted once.
+    """What a model that PEFT has prepared holds, in parameters; tied tensors count once.
 
-    `adapters` are the tensors of the active adapters (LoRA: A and B; AdaLoRA: A, B and E), trainable or loaded for
-    inference. `head` is the active copies of `modules_to_save` and whatever else is trained. `backbone` is the rest; the
-    frozen originals that PEFT keeps beside its copies, and inactive adapters, are in neither. A packed 4-bit weight counts
-    d_in·d_out. Raises ValueError for a model without adapters.
+    `adapters` are the tensors of the active adapters (LoRA: A and B; AdaLoRA: A, B and E), trained
+    or loaded for inference. `head` is the active copies of `modules_to_save` and whatever else is
+    trained. `backbone` is the rest; the frozen originals that PEFT keeps beside its copies, and
+    inactive adapters, are in neither. A packed 4-bit weight counts d_in·d_out. Raises ValueError
+    for a model without an active adapter.
     """
     adapters: set[int] = set()
     head: set[int] = set()
@@ -189,21 +197,24 @@ def count(model: nn.Module) -> Counts:
             for attribute in module.adapter_layer_names:
                 for adapter, held in getattr(module, attribute, {}).items():
                     into = adapters if adapter in module.active_adapters else idle
-                    into.update(map(id, held.parameters() if isinstance(held, nn.Module) else [held]))
+                    tensors = held.parameters() if isinstance(held, nn.Module) else [held]
+                    into.update(map(id, tensors))
             # AdaLoRA keeps the current rank as a Parameter: bookkeeping, not a weight.
             idle.update(map(id, getattr(module, "ranknum", {}).values()))
         elif isinstance(module, ModulesToSaveWrapper):
             for adapter, copy in module.modules_to_save.items():
-                (head if adapter in module.active_adapters else idle).update(map(id, copy.parameters()))
+                into = head if adapter in module.active_adapters else idle
+                into.update(map(id, copy.parameters()))
             originals.append((name + "." if name else "") + "original_module.")
     if not adapters:
-        raise ValueError("the model has no active adapter; prepare it with peft.get_peft_model first")
+        raise ValueError("the model has no active adapter; call peft.get_peft_model first")
 
     backbone: set[int] = set()
     sizes: dict[int, int] = {}
     trainable: set[int] = set()
     kept = tuple(originals)
-    for name, parameter in model.named_parameters(remove_duplicate=False):  # a tied original may live elsewhere too
+    # With duplicates: a frozen original tied to a tensor elsewhere is backbone by that name.
+    for name, parameter in model.named_parameters(remove_duplicate=False):
         key = id(parameter)
         if key not in sizes:
             sizes[key] = _elements(model, name, parameter)
@@ -220,11 +231,12 @@ def count(model: nn.Module) -> Counts:
 
 
 def _fill(costs: Sequence[int], counts: Sequence[int], room: int) -> list[int]:
-    """How many of each kind to take: Σ cost·taken as large as `room` allows, then the most equal shares.
+    """How many of each kind to take: the largest Σ cost·taken ≤ `room`, then the most equal shares.
 
-    The largest sum comes from the set of all reachable sums, held as the bits of one integer. Its most proportional
-    composition is found by branch and bound over the kinds: with the remaining kinds' counts let real, the nearest
-    point of the hyperplane Σ cost·taken = sum is known in closed form, which orders and bounds the candidates.
+    The largest sum comes from the set of all reachable sums, held as the bits of one integer. Its
+    most proportional composition is found by branch and bound over the kinds: where the counts of
+    the remaining kinds may be real numbers, the nearest point of the plane Σ cost·taken = sum is
+    known in closed form, which orders and bounds the candidates.
     """
     if not costs:
         return []
@@ -249,7 +261,7 @@ def _fill(costs: Sequence[int], counts: Sequence[int], room: int) -> list[int]:
     kinds = len(prices)
     share = target / sum(price * number for price, number in zip(prices, counts, strict=True))
     wanted = [share * number for number in counts]
-    spread, later_want, later_rounding = [0.0] * (kinds + 1), [0.0] * (kinds + 1), [0.0] * (kinds + 1)
+    spread, later_want, later_rounding = ([0.0] * (kinds + 1) for _ in range(3))
     for k in reversed(range(kinds)):
         spread[k] = spread[k + 1] + prices[k] ** 2 * counts[k]
         later_want[k] = later_want[k + 1] + prices[k] * wanted[k]
@@ -267,7 +279,7 @@ def _fill(costs: Sequence[int], counts: Sequence[int], room: int) -> list[int]:
         slack = rest - later_want[k]
         centre = wanted[k] + slack * prices[k] * counts[k] / spread[k]
         room_for_cost = max(0.0, best_cost - cost - slack**2 / spread[k])
-        # The small tolerance keeps an exact solution that floating point puts a hair beside an integer.
+        # The tolerance keeps a solution that floating point puts a hair beside its integer.
         radius = math.sqrt(room_for_cost * counts[k] * spread[k + 1] / spread[k]) + 1e-6
         low = max(0, math.ceil(centre - radius))
         high = min(counts[k], rest // prices[k], math.floor(centre + radius))
@@ -292,7 +304,8 @@ def _fill(costs: Sequence[int], counts: Sequence[int], room: int) -> list[int]:
 def _evenly(items: Sequence[Matrix], number: int) -> list[Matrix]:
     """`number` of the items at even distances (Bresenham's line, centred)."""
     n = len(items)
-    return [m for i, m in enumerate(items) if ((i + 1) * number + n // 2) // n > (i * number + n // 2) // n]
+    line = [(i * number + n // 2) // n for i in range(n + 1)]
+    return [item for i, item in enumerate(items) if line[i + 1] > line[i]]
 
 
 def _limit(matrix: Matrix) -> int:
@@ -301,31 +314,39 @@ def _limit(matrix: Matrix) -> int:
 
 def _shape(name: str, module: nn.Module) -> tuple[int, int]:
     if isinstance(module, BaseTunerLayer):
-        raise ValueError(f"{name} already carries an adapter; pass the model as it was before PEFT wrapped it")
+        raise ValueError(f"{name} already carries an adapter; pass the model as it was before PEFT")
     if isinstance(module, nn.Linear):
         return module.in_features, module.out_features
-    if type(module).__name__ == "Conv1D" and hasattr(module, "nf"):  # GPT-2's Linear, whose weight is d_in × d_out
+    if type(module).__name__ == "Conv1D" and hasattr(
+        module, "nf"
+    ):  # GPT-2's: weight is d_in × d_out
         rows, columns = module.get_parameter("weight").shape
         return rows, columns
     raise ValueError(
-        f"{name} is a {type(module).__name__}, neither Linear nor Conv1D; name the Linear layers inside or beside it"
+        f"{name} is a {type(module).__name__}, neither Linear nor Conv1D; "
+        f"name the Linear layers inside or beside it"
     )
 
 
 def _nearest(name: str, modules: Mapping[str, nn.Module]) -> str:
     ends = {end for full in modules for end in (full, full.rpartition(".")[2])}
     close = get_close_matches(name, sorted(ends), n=1)
-    return f"; the nearest name is {close[0]!r}" if close else "; list the names with model.named_modules()"
+    return f"; the nearest name is {close[0]!r}" if close else "; see model.named_modules()"
 
 
 def _elements(model: nn.Module, name: str, parameter: nn.Parameter) -> int:
-    """Elements of the weight that a parameter stands for: packed 4-bit weights hold fewer than they mean."""
+    """Elements of the weight that a parameter stands for; a packed one holds fewer."""
     state = getattr(parameter, "quant_state", None)
     if state is not None:
         return math.prod(state.shape)
     owner = model.get_submodule(name.rpartition(".")[0])
-    if not parameter.is_floating_point() and hasattr(owner, "in_features") and hasattr(owner, "out_features"):
-        return int(owner.in_features) * int(owner.out_features)  # pyright: ignore[reportArgumentType]
+    shape = getattr(owner, "in_features", None), getattr(owner, "out_features", None)
+    if (
+        not parameter.is_floating_point()
+        and isinstance(shape[0], int)
+        and isinstance(shape[1], int)
+    ):
+        return shape[0] * shape[1]
     return parameter.numel()
 
 

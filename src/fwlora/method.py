@@ -566,7 +566,8 @@ def attach(
         ValueError: nothing to attach to, or a layer, adapter, optimizer or setting that the method is not
             defined for. The message names the cause and the cure.
     """
-    if not hasattr(optimizer, "register_step_pre_hook") and hasattr(optimizer, "optimizer"):
+    if isinstance(getattr(optimizer, "optimizer", None), torch.optim.Optimizer):
+        # Accelerate's wrapper calls itself an Optimizer, but has none of its hooks.
         scaler = getattr(optimizer, "scaler", None) if scaler is None else scaler
         optimizer = optimizer.optimizer
     if not hasattr(optimizer, "register_step_pre_hook"):

@@ -92,7 +92,7 @@ class Penalty:
         self.stacks = list(groups.values())
 
     @torch.no_grad()
-    def value(self, coefficients: Sequence[Float[Tensor, " n"]]) -> Float[Tensor, ""]:
+    def value(self, coefficients: Sequence[Float[Tensor, " _"]]) -> Float[Tensor, ""]:
         """The penalty, as a tensor on the first pair's device; `coefficients[k]` belongs to `stacks[k]`."""
         device = self.stacks[0].a[0].device
         terms = [
@@ -102,7 +102,7 @@ class Penalty:
         return torch.stack(terms).sum()
 
     @torch.no_grad()
-    def gradient(self, coefficients: Sequence[Float[Tensor, " n"]]) -> list[Tensor]:
+    def gradient(self, coefficients: Sequence[Float[Tensor, " _"]]) -> list[Tensor]:
         """The gradients with respect to A_0, B_0, A_1, B_1, …, in at least fp32."""
         terms: list[Tensor] = [torch.empty(0)] * (2 * sum(len(s.index) for s in self.stacks))
         for stack, c in zip(self.stacks, coefficients, strict=True):

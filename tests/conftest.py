@@ -1,0 +1,13 @@
+"""Checks the shapes in the annotations of the method's tensor functions, in every test."""
+
+import builtins
+
+import torch
+from jaxtyping import Float, install_import_hook
+
+# The package itself imports jaxtyping for type checkers only, so that it needs torch and peft and nothing else.
+builtins.Float = Float  # type: ignore[attr-defined]
+install_import_hook(
+    ["fwlora.fisher", "fwlora.importance", "fwlora.shrinkage"], "beartype.beartype"
+)
+torch.set_num_threads(1)
