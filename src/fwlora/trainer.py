@@ -56,7 +56,9 @@ class FWLoraCallback(TrainerCallback):
         **kwargs: Any,
     ) -> None:
         if self.handle is not None and self.handle.phase == "shrink" and logs is not None:
-            logs["fw_lora_penalty"] = float(self.handle.penalty())
+            # The Trainer has filed a copy of `logs` already; callbacks that come later read `logs` itself.
+            penalty = float(self.handle.penalty())
+            logs["fw_lora_penalty"] = state.log_history[-1]["fw_lora_penalty"] = penalty
 
     @staticmethod
     def _checkpoint(args: TrainingArguments, state: TrainerState) -> Path:
