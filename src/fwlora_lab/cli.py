@@ -1,0 +1,219 @@
+"""The command line: `fwlora train | validate | demo | doctor`.
+
+Whatever a person got wrong ends in one message on standard error and exit code 2, never in a traceback. Exit code
+1 says that runs failed, 130 that Ctrl-C stopped the work.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+import textwrap
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from fwlora_lab.errors import UserError
+
+if TYPE_CHECKING:
+    from fwlora_lab.records import Record
+    from fwlora_lab.train import Planned
+
+_ABOUT = """\
+Train LoRA, AdaLoRA and Fisher-Weighted LoRA side by side, from run configs to records.
+
+Start here:
+  fwlora doctor                                 what can be used on this machine
+  fwlora demo                                   three methods x three seeds, offline, in minutes
+  fwlora train run=minilm-cola-fw_lora dataset.root=DIR_WITH_GLUE
+"""
+
+_TRAIN = """\
+A run is a YAML file: its id in the packaged tree (see below), in --config-dir, or a path ending in .yaml.
+Anything in it can be overridden with Hydra's syntax. Finished runs are kept and not trained twice; the
+same command goes on where it was stopped.
+
+  fwlora train run=demo-fw_lora
+  fwlora train run=demo-lora,demo-adalora,demo-fw_lora seeds=0..2
+  fwlora train run=minilm-cola-fw_lora dataset.root=DIR training.learning_rate=5e-4
+  fwlora train -m run=demo-fw_lora fw_lora.lambda_fw=1e-5,1e-4,1e-3
+  fwlora train run=my-run.yaml again=true
+
+words of this command (all others are keys of the run config):
+  run=ID[,ID...]   the run or runs
+  seeds=0..2       training seeds, also 1,5,7; without it the config's training.seed
+  again=true       train anew what is there already
+
+packaged runs:
+{runs}
+"""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line and return its exit code."""
+    parser = _parser()
+    options = parser.parse_args(arguments)
+    try:
+        return options.command(options)
+    except UserError as error:
+        print(f"fwlora: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print(
+            "\nfwlora: stopped. Finished runs are kept; the same command goes on from there.",
+            file=sys.stderr,
+        )
+        return 130
+    except BrokenPipeError:  # `fwlora ... | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="fwlora", description=_ABOUT, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--version", action=_Version, nargs=0, help="show the version and exit")
+    commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
+
+    train = commands.add_parser(
+        "train",
+        help="train runs and write their records",
+        usage="fwlora train run=ID[,ID...] [seeds=0..2] [KEY=VALUE ...] [-m] [--config-dir DIR]",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    train.format_help = lambda: _train_help(train)  # type: ignore[method-assign]
+    train.add_argument("words", nargs="*", metavar="KEY=VALUE", help="overrides, as Hydra writes them")
+    train.add_argument("-m", "--multirun", action="store_true", help="sweep over KEY=A,B,C")
+    train.add_argument("--config-dir", metavar="DIR", help="a tree with run configs of your own")
+    train.set_defaults(command=_train)
+
+    validate = commands.add_parser("validate", help="check run configs without training")
+    validate.add_argument("files", nargs="+", metavar="FILE", help="YAML files")
+    validate.set_defaults(command=_validate)
+
+    demo = commands.add_parser(
+        "demo",
+        help="three methods x three seeds, offline, in minutes",
+        description="Trains LoRA, AdaLoRA and FW-LoRA with 3 seeds each on the packaged MiniLM encoder and a small "
+        "synthetic task. Needs no network.",
+    )
+    demo.add_argument("words", nargs="*", metavar="KEY=VALUE", help="overrides, as for train")
+    demo.set_defaults(command=_demo)
+
+    doctor = commands.add_parser("doctor", help="what is installed and can be used here")
+    doctor.set_defaults(command=_doctor)
+    return parser
+
+
+class _Version(argparse.Action):
+    def __call__(self, parser, *_) -> None:  # type: ignore[override]
+        from importlib.metadata import version
+
+        print(f"fwlora {version('fwlora')}")
+        parser.exit()
+
+
+def _train_help(parser: argparse.ArgumentParser) -> str:
+    from fwlora_lab.runconfig import available_runs
+
+    runs = textwrap.indent("\n".join(available_runs()), "  ")
+    options = argparse.ArgumentParser.format_help(parser)
+    return f"{options}\n{_TRAIN.format(runs=runs)}"
+
+
+def _split_words(words: Sequence[str]) -> tuple[str, list[int] | None, bool, list[str]]:
+    """run=, seeds= and again= are this command's own; the rest goes to Hydra as it is."""
+    from fwlora_lab.runconfig import parse_seeds
+
+    own: dict[str, str] = {}
+    rest = []
+    for word in words:
+        key, sign, value = word.partition("=")
+        if sign and key in ("run", "seeds", "again"):
+            if key in own:
+                raise UserError(f"{key}= stands twice: give it once, as in {key}={own[key]},{value}.")
+            own[key] = value
+        else:
+            rest.append(word)
+    if not own.get("run"):
+        raise UserError("say which run: run=ID. `fwlora train --help` lists the packaged ones.")
+    again = own.get("again", "false").lower()
+    if again not in ("true", "false"):
+        raise UserError(f"again={own['again']}: must be true or false.")
+    seeds = parse_seeds(own["seeds"]) if "seeds" in own else None
+    return own["run"], seeds, again == "true", rest
+
+
+def _train(options: argparse.Namespace) -> int:
+    from fwlora_lab.runconfig import expand_runs
+    from fwlora_lab.train import Planned
+
+    run, seeds, again, overrides = _split_words(options.words)
+    configs = expand_runs(run, overrides, multirun=options.multirun, config_dir=options.config_dir)
+    return _train_and_tell(
+        [Planned(cfg, s) for cfg in configs for s in (seeds or [cfg.training.seed])], again
+    )
+
+
+def _train_and_tell(runs: Sequence[Planned], again: bool) -> int:
+    from fwlora_lab.progress import show, summary
+    from fwlora_lab.train import train_cohort
+
+    with show(len(runs)) as listen:
+        records = train_cohort(runs, listen, again=again)
+    print(summary(records))
+    failed = [r for r in records if r.status == "failed"]
+    for record in failed:
+        assert record.error is not None
+        print(
+            f"fwlora: {record.run_id} seed {record.seed} failed: {record.error.message}\n"
+            f"  the traceback is in {_folder(record)}/record.json",
+            file=sys.stderr,
+        )
+    return 1 if failed else 0
+
+
+def _folder(record: Record) -> str:
+    return f"{record.config['results_dir']}/{record.run_id}/seed-{record.seed}"
+
+
+def _validate(options: argparse.Namespace) -> int:
+    from fwlora_lab.runconfig import validate_file
+
+    wrong = 0
+    for file in options.files:
+        try:
+            warnings = validate_file(file)
+        except UserError as error:
+            wrong += 1
+            print(f"fwlora: {error}", file=sys.stderr)
+        else:
+            print(f"{file}: valid")
+            for warning in warnings:
+                print(f"  warning: {warning}")
+    return 2 if wrong else 0
+
+
+def _demo(options: argparse.Namespace) -> int:
+    options.words = ["run=demo-lora,demo-adalora,demo-fw_lora", "seeds=0..2", *options.words]
+    options.multirun, options.config_dir = False, None
+    return _train(options)
+
+
+def _doctor(options: argparse.Namespace) -> int:
+    from rich.console import Console
+    from rich.table import Table
+
+    from fwlora_lab.doctor import doctor_lines
+
+    table = Table(box=None, show_header=False, pad_edge=False)
+    colour = {"ok": "green", "warn": "yellow", "no": "red"}
+    for status, what, detail in doctor_lines():
+        table.add_row(f"[{colour[status]}]{status}[/]", what, detail)
+    Console(highlight=False).print(table)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,351 @@
+"""Method name -> adapters, optimizer, hooks. The training loop never asks which arm it runs.
+
+All arms share one initial head, one order of the data and one stream of dropout masks per seed;
+LoRA and FW-LoRA also share the initial A. What a method does at a step hangs on the optimizer's
+step hooks.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import warnings
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from peft import AdaLoraConfig, LoraConfig, PeftModel, TaskType, get_peft_model
+from peft.tuners.adalora import AdaLoraLayer, AdaLoraModel
+from peft.tuners.lora import LoraLayer
+from torch import nn
+from transformers import AutoModelForSequenceClassification, get_scheduler
+
+import fwlora
+from fwlora.budget import count, lora_kwargs, matrices, parameters_of_percent, rank_pattern
+from fwlora_lab.backbones import Backbone, build_classifier, head_modules, target_linears
+from fwlora_lab.errors import UserError
+from fwlora_lab.records import MatrixRow, Parameters
+from fwlora_lab.runconfig import FWLoraSettings, RunConfig
+from fwlora_lab.tasks import TaskSpec
+
+
+def derive(seed: int, purpose: str) -> int:
+    """A seed of its own for each use of randomness in a run: using one never shifts another."""
+    return int.from_bytes(hashlib.sha256(f"{seed}/{purpose}".encode()).digest()[:7], "big")
+
+
+@dataclass(frozen=True)
+class AdapterPlan:
+    """Which matrices get an adapter of which rank, all at the scale s of `ΔW = s·B·A`."""
+
+    pattern: Mapping[str, int]
+    scale: float
+    mean_rank: float
+    warnings: tuple[str, ...]
+
+
+def plan_adapters(cfg: RunConfig, backbone: Backbone, total_steps: int) -> AdapterPlan:
+    """Ranks from `model.lora.rank`, or where that is null from `model.parameter_budget_percent`.
+
+    Loads no weights. `mean_rank` is the average rank that spends the same parameters, which is
+    AdaLoRA's budget.
+
+    Raises:
+        UserError: target modules that do not exist, a budget too small for any adapter, or a run
+            too short for AdaLoRA's schedule.
+    """
+    lora = cfg.model.lora
+    with torch.device("meta"):
+        skeleton = AutoModelForSequenceClassification.from_config(backbone.config)
+    names = target_linears(skeleton, lora.target_modules)
+    targets = matrices(skeleton, names)
+    unit = sum(m.cost for m in targets)
+    asked = cfg.model.parameter_budget_percent
+    notes = []
+    if lora.rank is not None:
+        pattern = dict.fromkeys(names, lora.rank)
+        used = lora.rank * unit
+        percent = 100 * used / backbone.parameters
+        if asked is not None and abs(percent - asked) > 0.0025 * asked:
+            notes.append(
+                f"model.lora.rank={lora.rank} wins over model.parameter_budget_percent={asked:g}: "
+                f"the adapters hold {used:,} parameters, {percent:.3f} % of the backbone. "
+                "Set model.lora.rank=null to let the budget decide."
+            )
+        mean_rank = float(lora.rank)
+    else:
+        assert asked is not None  # the run config asks for one of the two
+        budget = parameters_of_percent(asked, backbone.parameters)
+        try:
+            pattern = rank_pattern(targets, budget)
+        except ValueError as error:
+            raise UserError(f"model.parameter_budget_percent={asked:g}: {error}") from error
+        mean_rank = budget / unit
+    plan = AdapterPlan(pattern, lora.scale, mean_rank, tuple(notes))
+    if cfg.arm == "adalora":
+        _allocation(cfg, plan, total_steps)
+    return plan
+
+
+class Arm:
+    """One run's model, optimizer and scheduler, and what its method can tell about itself.
+
+    This class is plain LoRA; the other methods say where they differ.
+    """
+
+    def __init__(
+        self, cfg: RunConfig, backbone: Backbone, model: PeftModel, total_steps: int
+    ) -> None:
+        self.model = model
+        self.optimizer = _optimizer(model, cfg)
+        self.scheduler = get_scheduler(
+            cfg.training.lr_scheduler,
+            self.optimizer,
+            num_warmup_steps=math.ceil(cfg.training.warmup_ratio * total_steps),
+            num_training_steps=total_steps,
+        )
+        self.trainable = [p for p in model.parameters() if p.requires_grad]
+        self._asked = cfg.model.parameter_budget_percent
+        self._backbone = backbone.parameters
+        self._trained = count(model).adapters
+
+    def phase(self) -> str:
+        """The part of the run that the next step belongs to; training time is counted by it."""
+        return "steady"
+
+    def parameters(self) -> Parameters:
+        """Parameters asked for and used so far."""
+        now = count(self.model)
+        kept = self._kept(now.adapters)
+        return Parameters(
+            asked_percent=self._asked,
+            backbone=self._backbone,
+            adapters=kept,
+            adapters_trained=self._trained,
+            head=now.head,
+            percent=100 * kept / self._backbone,
+        )
+
+    def report(self) -> list[MatrixRow]:
+        """A row for each adapted matrix, in the model's order. Waits for the device."""
+        return [
+            MatrixRow(name=name, rank=self._rank(layer), delta_norm=_delta_norm(layer))
+            for name, layer in _layers(self.model)
+        ]
+
+    def export(self, path: Path) -> None:
+        """Write adapter and head as vanilla PEFT reads them; equal weights give equal bytes."""
+        config = cast(LoraConfig, self.model.peft_config["default"])
+        # PEFT writes sets in the order of their hashes, which changes from process to process.
+        config.target_modules = sorted(config.target_modules or ())
+        config.modules_to_save = sorted(set(config.modules_to_save or ()))
+        with warnings.catch_warnings():
+            # AdaLoRA leaves some matrices without a rank: PEFT takes them for a torn checkpoint.
+            warnings.filterwarnings("ignore", message=".*LoRA tensor.* have invalid shape")
+            # "auto" would ask the hub whether the vocabulary was resized.
+            self.model.save_pretrained(str(path), save_embedding_layers=False)
+
+    def _rank(self, layer: LoraLayer) -> int:
+        return layer.r["default"]
+
+    def _kept(self, adapters: int) -> int:
+        return adapters
+
+
+class FWLoraArm(Arm):
+    """LoRA with one added line."""
+
+    def __init__(
+        self, cfg: RunConfig, backbone: Backbone, model: PeftModel, total_steps: int, seed: int
+    ) -> None:
+        super().__init__(cfg, backbone, model, total_steps)
+        config = fw_config(cfg.fw_lora, seed)
+        self.handle = fwlora.attach(model, self.optimizer, config, total_steps=total_steps)
+
+    def phase(self) -> str:
+        return "fisher" if self.handle.phase == "warmup" else "steady"
+
+    def report(self) -> list[MatrixRow]:
+        fisher, share = self.handle.fisher(), self.handle.importance()
+        weight = self.handle.weights()
+        return [
+            row.model_copy(
+                update={
+                    "fisher": fisher[row.name],
+                    "importance": share[row.name],
+                    "weight": weight[row.name],
+                }
+            )
+            for row in super().report()
+        ]
+
+
+class AdaLoraArm(Arm):
+    """PEFT's AdaLoRA with its rank schedule scaled to the run.
+
+    The budget that is left at the end is counted in ranks, as AdaLoRA counts it: the average rank
+    that LoRA's parameters would buy, times the number of matrices. PEFT multiplies BΛA by
+    lora_alpha / init_r throughout, so lora_alpha = s·init_r gives it LoRA's scale s.
+    """
+
+    def __init__(
+        self, cfg: RunConfig, backbone: Backbone, model: PeftModel, total_steps: int, ranks: int
+    ) -> None:
+        super().__init__(cfg, backbone, model, total_steps)
+        self._tuner = cast(AdaLoraModel, model.base_model)
+        # `target_r` can only say whole ranks per matrix.
+        self._tuner.rankallocator.target_bgt = ranks
+        self._step = 0
+        self.optimizer.register_step_post_hook(self._allocate)
+
+    def phase(self) -> str:
+        config = cast(AdaLoraConfig, self.model.peft_config["default"])
+        if self._step < config.tinit:
+            return "initial"
+        last = cast(int, config.total_step) - config.tfinal
+        return "allocating" if self._step < last else "final"
+
+    def _allocate(self, *_: Any) -> None:
+        # After the optimizer's step and before zero_grad, counted from 1, as in PEFT's own example.
+        self._step += 1
+        self._tuner.update_and_allocate(self._step)
+
+    def _rank(self, layer: LoraLayer) -> int:
+        return int(cast(torch.Tensor, layer.lora_E["default"]).count_nonzero())  # type: ignore[attr-defined]
+
+    def _kept(self, adapters: int) -> int:
+        # Each rank that is left is a row of A, a column of B and one singular value.
+        layers: list[Any] = [layer for _, layer in _layers(self.model)]
+        return sum(self._rank(m) * (m.in_features + m.out_features + 1) for m in layers)
+
+
+def build_arm(
+    cfg: RunConfig,
+    backbone: Backbone,
+    spec: TaskSpec,
+    seed: int,
+    total_steps: int,
+    device: torch.device | str = "cpu",
+) -> Arm:
+    """The model with its adapters on `device`, and optimizer and scheduler for `total_steps` steps.
+
+    Sets torch's global seed: the head and the adapters depend on `seed` alone.
+
+    Raises:
+        UserError: a combination of settings that cannot be trained.
+    """
+    plan = plan_adapters(cfg, backbone, total_steps)
+    model = build_classifier(backbone, spec, derive(seed, "head"))
+    common = {
+        "task_type": TaskType.SEQ_CLS,
+        "lora_dropout": cfg.model.lora.dropout,
+        "modules_to_save": list(head_modules(model)),
+    }
+    torch.manual_seed(derive(seed, "adapters"))
+    if cfg.arm == "adalora":
+        allocation = _allocation(cfg, plan, total_steps)
+        peft_model = _wrap(
+            model, _adalora_config(cfg, plan, allocation, total_steps, common), device
+        )
+        return AdaLoraArm(cfg, backbone, peft_model, total_steps, allocation.final)
+    peft_model = _wrap(model, LoraConfig(**common, **lora_kwargs(plan.pattern, plan.scale)), device)
+    if cfg.arm == "fw_lora":
+        return FWLoraArm(cfg, backbone, peft_model, total_steps, seed)
+    return Arm(cfg, backbone, peft_model, total_steps)
+
+
+def fw_config(settings: FWLoraSettings, seed: int) -> fwlora.FWLoraConfig:
+    """The request's keys under the method's own names."""
+    own = settings.model_dump()
+    return fwlora.FWLoraConfig(
+        shrinkage=own.pop("lambda_fw"),
+        warmup=own.pop("warmup_steps"),
+        ema=own.pop("fisher_alpha"),
+        seed=derive(seed, "fw_lora"),
+        **own,
+    )
+
+
+@dataclass(frozen=True)
+class _Allocation:
+    """AdaLoRA's schedule: ranks of each matrix at first, of all together at last, and steps."""
+
+    initial: int
+    final: int
+    tinit: int
+    tfinal: int
+
+
+def _allocation(cfg: RunConfig, plan: AdapterPlan, total_steps: int) -> _Allocation:
+    ada = cfg.adalora
+    final = math.floor(plan.mean_rank * len(plan.pattern))
+    if final < 1:
+        raise UserError(
+            f"model.parameter_budget_percent={cfg.model.parameter_budget_percent:g} leaves AdaLoRA "
+            f"less than one rank for {len(plan.pattern)} matrices: raise the budget."
+        )
+    tinit, tfinal = round(ada.tinit_ratio * total_steps), round(ada.tfinal_ratio * total_steps)
+    # PEFT looks at the gradients of every step before the last allocation, and needs one at least.
+    if max(tinit, 1) >= total_steps - tfinal:
+        raise UserError(
+            f"adalora.tinit_ratio={ada.tinit_ratio:g} and adalora.tfinal_ratio="
+            f"{ada.tfinal_ratio:g} leave none of the {total_steps} steps for allocating ranks: "
+            "lower one of them, or train longer."
+        )
+    # It must begin with more than it keeps.
+    initial = max(math.ceil(ada.init_rank_factor * plan.mean_rank), math.floor(plan.mean_rank) + 1)
+    return _Allocation(initial, final, tinit, tfinal)
+
+
+def _adalora_config(
+    cfg: RunConfig,
+    plan: AdapterPlan,
+    allocation: _Allocation,
+    total_steps: int,
+    common: Mapping[str, Any],
+) -> AdaLoraConfig:
+    return AdaLoraConfig(
+        **common,
+        target_modules=list(plan.pattern),
+        lora_alpha=plan.scale * allocation.initial,  # type: ignore[arg-type]
+        init_r=allocation.initial,
+        target_r=max(1, round(plan.mean_rank)),
+        total_step=total_steps,
+        tinit=allocation.tinit,
+        tfinal=allocation.tfinal,
+        deltaT=cfg.adalora.delta_t,
+        beta1=cfg.adalora.beta1,
+        beta2=cfg.adalora.beta2,
+        orth_reg_weight=cfg.adalora.orth_reg_weight,
+    )
+
+
+def _wrap(model: nn.Module, config: LoraConfig, device: torch.device | str) -> PeftModel:
+    return cast(PeftModel, get_peft_model(model, config)).to(device)  # type: ignore[arg-type]
+
+
+def _optimizer(model: nn.Module, cfg: RunConfig) -> torch.optim.AdamW:
+    """AdamW over two groups: matrices decay, biases and other vectors do not."""
+    trainable = [p for p in model.parameters() if p.requires_grad]
+    matrices = [p for p in trainable if p.ndim >= 2]
+    vectors = [p for p in trainable if p.ndim < 2]
+    groups = [
+        {"params": matrices, "weight_decay": cfg.training.weight_decay},
+        {"params": vectors, "weight_decay": 0.0},
+    ]
+    return torch.optim.AdamW(groups, lr=cfg.training.learning_rate, fused=True)
+
+
+def _layers(model: nn.Module) -> list[tuple[str, LoraLayer]]:
+    return [
+        (name.removeprefix("base_model.model."), layer)
+        for name, layer in model.named_modules()
+        if isinstance(layer, (LoraLayer, AdaLoraLayer))
+    ]
+
+
+def _delta_norm(layer: LoraLayer) -> float | None:
+    norm = float(torch.linalg.matrix_norm(layer.get_delta_weight("default").detach().float()))  # type: ignore[operator]
+    return norm if math.isfinite(norm) else None

@@ -1,0 +1,618 @@
+"""A cohort of runs -> their records. One run is a cohort of one.
+
+Runs of a cohort share the data, its tokens and the backbone's description where they can. What can
+be refused is refused before the first of them loads a weight or writes a file.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import os
+import resource
+import shlex
+import sys
+import time
+import traceback
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import cast
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from fwlora_lab.backbones import Backbone, load_backbone
+from fwlora_lab.errors import UserError
+from fwlora_lab.methods import Arm, build_arm, derive, plan_adapters
+from fwlora_lab.records import (
+    BackboneInfo,
+    Epoch,
+    Failure,
+    Machine,
+    Record,
+    RunDir,
+    Times,
+    cpu_name,
+    differences,
+    git_commit,
+    load_record,
+    status_of,
+    versions,
+)
+from fwlora_lab.runconfig import RunConfig, check_warmup, fingerprint, warnings_of
+from fwlora_lab.tasks import (
+    TaskData,
+    TaskSpec,
+    TokenTable,
+    collate,
+    epoch_batches,
+    length_groups,
+    load_task,
+    score,
+    tokenize,
+)
+
+_EVALUATION_BATCH = 128
+_SECONDS_BETWEEN_EVENTS = 0.5
+_CALM_DOWN = "Lower training.learning_rate or the adapter's scale model.lora.alpha / rank."
+
+
+# --- what a caller hears ------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Event:
+    """Something that happened to one run; `seed` and `run_id` say to which."""
+
+    run_id: str
+    seed: int
+
+
+@dataclass(frozen=True)
+class RunStarted(Event):
+    """A run begins: run `index` (from 0) of `of` in its cohort."""
+
+    arm: str
+    total_steps: int
+    epochs: int
+    index: int
+    of: int
+
+
+@dataclass(frozen=True)
+class StepDone(Event):
+    """About twice a second: `loss` is the mean over the steps since the last such event."""
+
+    step: int
+    total: int
+    loss: float
+    phase: str
+    examples_per_second: float
+
+
+@dataclass(frozen=True)
+class Evaluated(Event):
+    """The evaluation after an epoch."""
+
+    epoch: int
+    metrics: dict[str, float]
+
+
+@dataclass(frozen=True)
+class RunFinished(Event):
+    """The run's record is written; `trained` is false where it was there already."""
+
+    record: Record
+    trained: bool
+
+
+@dataclass(frozen=True)
+class RunFailed(Event):
+    """The run failed, and its record says why."""
+
+    record: Record
+
+
+@dataclass(frozen=True)
+class Note(Event):
+    """Something that a reader should know once."""
+
+    text: str
+
+
+Listener = Callable[[Event], object]
+
+
+def _silence(event: Event) -> None:
+    pass
+
+
+# --- a cohort -----------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Planned:
+    """A run to train: `seed` takes the place of `training.seed`."""
+
+    cfg: RunConfig
+    seed: int
+
+
+def train_cohort(
+    runs: Sequence[Planned], listen: Listener = _silence, again: bool = False
+) -> list[Record]:
+    """Train the runs that are not there yet and return the records of all, in order.
+
+    A run that fails becomes a failed record, and the others go on; the next call tries it again. A
+    run that another process is training is waited for at the end. `again` trains every run anew.
+
+    Raises:
+        UserError: before anything is trained where a config, the data or the model cannot be used,
+            or a record with another config or data is in the way; later where the weights cannot
+            be read or results cannot be written.
+        KeyboardInterrupt: the run in progress leaves nothing.
+    """
+    device = pick_device()
+    jobs = _prepare(runs, device, again)
+    records: dict[int, Record] = {}
+    said: set[str] = set()
+    waiting = list(enumerate(jobs))
+    for patient in (False, True):
+        busy = []
+        for index, job in waiting:
+            with job.folder.lock(wait=patient) as held:
+                if not held:
+                    busy.append((index, job))
+                    text = "another process is training this run: it is waited for at the end"
+                    listen(Note(*job.key, text))
+                elif not again and _is_complete(job):
+                    records[index] = load_record(job.folder.path)
+                    listen(RunFinished(*job.key, records[index], trained=False))
+                else:
+                    for text in job.warnings:
+                        if text not in said:
+                            said.add(text)
+                            listen(Note(*job.key, text))
+                    cfg, steps = job.cfg, job.total_steps
+                    epochs = cfg.training.epochs
+                    listen(RunStarted(*job.key, cfg.arm, steps, epochs, index, len(jobs)))
+                    records[index] = _train_one(job, device, listen)
+        waiting = busy
+    return [records[index] for index in range(len(jobs))]
+
+
+def pick_device() -> torch.device:
+    """The GPU if there is one, else the CPU."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+@dataclass(frozen=True)
+class _Job:
+    """A run with all that it needs and does not change."""
+
+    cfg: RunConfig
+    seed: int
+    data: TaskData
+    backbone: Backbone
+    train: TokenTable
+    evaluation: TokenTable
+    total_steps: int
+    folder: RunDir
+    warnings: tuple[str, ...]
+
+    @property
+    def key(self) -> tuple[str, int]:
+        return self.cfg.run_id, self.seed
+
+    @property
+    def spec(self) -> TaskSpec:
+        return self.data.spec
+
+    def micro_batches(self, group: Tensor) -> list[Tensor]:
+        """One step's examples in the parts that go through the model one after another."""
+        parts = list(group.split(self.cfg.training.batch_size))
+        if self.cfg.dataset.padding == "grouped":
+            lengths = self.train.lengths()
+            parts = [part[g] for part in parts for g in length_groups(lengths[part])]
+        return parts
+
+    def batch(self, table: TokenTable, index: Tensor) -> dict[str, Tensor]:
+        data, pad = self.cfg.dataset, self.backbone.tokenizer.pad_token_id
+        return collate(table, index, cast(int, pad or 0), data.padding, data.max_length)
+
+
+def _prepare(runs: Sequence[Planned], device: torch.device, again: bool) -> list[_Job]:
+    tasks: dict[str, TaskData] = {}
+    backbones: dict[str, Backbone] = {}
+    tables: dict[tuple[str, str, str], TokenTable] = {}
+    jobs: list[_Job] = []
+    for run in runs:
+        training = run.cfg.training.model_copy(update={"seed": run.seed})
+        cfg = run.cfg.model_copy(update={"training": training})
+        data_key = cfg.dataset.model_dump_json()
+        if data_key not in tasks:
+            tasks[data_key] = load_task(cfg.dataset)
+        backbone_key = f"{cfg.model.pretrained_id}@{cfg.model.revision}"
+        if backbone_key not in backbones:
+            backbones[backbone_key] = load_backbone(cfg.model)
+        data, backbone = tasks[data_key], backbones[backbone_key]
+        if cfg.dataset.max_length > backbone.max_tokens:
+            raise UserError(
+                f"dataset.max_length={cfg.dataset.max_length} is more than the "
+                f"{backbone.max_tokens} tokens that {backbone.name} can read. "
+                f"Set dataset.max_length={backbone.max_tokens} or less."
+            )
+        for split in ("train", cfg.training.evaluate_on):
+            examples = getattr(data, split)
+            if not len(examples):
+                raise UserError(
+                    f"training.evaluate_on={split} needs a {split} split, and it is empty. "
+                    "Set dataset.selection_fraction above 0, or training.evaluate_on=dev."
+                    if split == "selection"
+                    else f"the {split} split of {data.source} is empty."
+                )
+            if (data_key, backbone_key, split) not in tables:
+                tables[data_key, backbone_key, split] = tokenize(
+                    examples, backbone.tokenizer, cfg.dataset.max_length, cfg.dataset.truncation
+                )
+        total_steps = cfg.training.epochs * steps_per_epoch(cfg, len(data.train))
+        check_warmup(cfg, total_steps, len(data.train))
+        notes = [*warnings_of(cfg), *plan_adapters(cfg, backbone, total_steps).warnings]
+        if cfg.training.mixed_precision == "bf16" and device.type == "cpu":
+            notes.append(
+                "training.mixed_precision=bf16 is for GPUs: on this CPU the run trains in fp32."
+            )
+        jobs.append(
+            _Job(
+                cfg=cfg,
+                seed=run.seed,
+                data=data,
+                backbone=backbone,
+                train=tables[data_key, backbone_key, "train"],
+                evaluation=tables[data_key, backbone_key, cfg.training.evaluate_on],
+                total_steps=total_steps,
+                folder=RunDir(cfg.results_dir, cfg.run_id, run.seed),
+                warnings=tuple(notes),
+            )
+        )
+    _refuse_collisions(jobs, again)
+    return jobs
+
+
+def steps_per_epoch(cfg: RunConfig, examples: int) -> int:
+    """Optimiser steps in an epoch; the last one may see fewer examples."""
+    return math.ceil(examples / _examples_per_step(cfg))
+
+
+def _examples_per_step(cfg: RunConfig) -> int:
+    return cfg.training.batch_size * cfg.training.gradient_accumulation_steps
+
+
+def _refuse_collisions(jobs: Sequence[_Job], again: bool) -> None:
+    seen: dict[Path, _Job] = {}
+    for job in jobs:
+        path = job.folder.path.resolve()
+        if path in seen:
+            raise UserError(
+                f"run_id={job.cfg.run_id!r} with seed {job.seed} is asked for twice. "
+                "Give each variant a run_id of its own, for example run_id=NAME."
+            )
+        seen[path] = job
+        if not again:
+            _is_complete(job)
+
+
+def _is_complete(job: _Job) -> bool:
+    status = status_of(job.cfg, job.seed, job.data.fingerprint)
+    if status == "different":
+        reasons = differences(job.cfg, load_record(job.folder.path), job.data.fingerprint)
+        raise UserError(
+            f"{job.folder.path} holds a finished run of another kind: {'; '.join(reasons)}. "
+            "Set another run_id or results_dir, or train it anew with again=true."
+        )
+    return status == "complete"
+
+
+# --- one run ------------------------------------------------------------------------------------
+
+
+class Diverged(RuntimeError):
+    """The training loss or the model's outputs stopped being finite."""
+
+
+class Clock:
+    """Seconds by phase; the device is waited for where one phase ends and another begins."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.seconds: dict[str, float] = {}
+        self._device = device
+        self._phase: str | None = None
+        self._since = 0.0
+
+    def enter(self, phase: str | None) -> None:
+        """Count from now on for `phase`; None counts for nothing."""
+        if phase == self._phase:
+            return
+        now = self._now()
+        if self._phase is not None:
+            self.seconds[self._phase] = self.seconds.get(self._phase, 0.0) + now - self._since
+        self._phase, self._since = phase, now
+
+    def total(self) -> float:
+        """Seconds up to now over all phases, without waiting for the device."""
+        running = 0.0 if self._phase is None else time.perf_counter() - self._since
+        return sum(self.seconds.values()) + running
+
+    def _now(self) -> float:
+        if self._device.type == "cuda":
+            torch.cuda.synchronize(self._device)
+        return time.perf_counter()
+
+
+@dataclass
+class RunState:
+    """Everything that the loop changes. `epoch` and `position` point at the next step's batch."""
+
+    seed: int
+    arm: Arm
+    training: Clock
+    evaluating: Clock
+    epoch: int = 0
+    position: int = 0
+    step: int = 0
+    epoch_loss: float = 0.0
+    unread: list[Tensor] = field(default_factory=list)
+    examples: int = 0
+    tokens: int = 0
+    epochs: list[Epoch] = field(default_factory=list)
+    logits: np.ndarray | None = None
+
+    def read_losses(self) -> float:
+        """Wait for the device, add the losses not read yet to the epoch's, and return their mean.
+
+        Raises:
+            Diverged: one of them is not finite.
+        """
+        losses = torch.stack(self.unread).tolist()
+        self.unread.clear()
+        for step, loss in enumerate(losses, start=self.step - len(losses) + 1):
+            if not math.isfinite(loss):
+                raise Diverged(
+                    f"the training loss is {loss} at step {step}: training diverged. {_CALM_DOWN}"
+                )
+        self.epoch_loss += sum(losses)
+        return sum(losses) / len(losses)
+
+
+def _train_one(job: _Job, device: torch.device, listen: Listener) -> Record:
+    started = datetime.now(UTC)
+    _forget_peak_memory(device)
+    state: RunState | None = None
+    try:
+        state = _start(job, device)
+        _run(job, state, device, listen)
+        record = _record(job, state, device, started)
+    except UserError:
+        raise
+    except Exception as error:
+        if state is not None:
+            with contextlib.suppress(RuntimeError):  # a lost GPU cannot be waited for
+                state.training.enter(None)
+        failure = Failure(
+            type=type(error).__name__, message=str(error), traceback=traceback.format_exc()
+        )
+        record = _record(job, state, device, started, failure)
+        job.folder.write(record, job.cfg)
+        listen(RunFailed(*job.key, record))
+        return record
+    job.folder.write(
+        record,
+        job.cfg,
+        logits=state.logits,
+        labels=job.evaluation.labels.numpy(),
+        save_adapter=state.arm.export if job.cfg.training.save_adapter else None,
+    )
+    listen(RunFinished(*job.key, record, trained=True))
+    return record
+
+
+def _start(job: _Job, device: torch.device) -> RunState:
+    arm = build_arm(job.cfg, job.backbone, job.spec, job.seed, job.total_steps, device)
+    torch.manual_seed(derive(job.seed, "dropout"))
+    return RunState(job.seed, arm, Clock(device), Clock(device))
+
+
+def _run(job: _Job, state: RunState, device: torch.device, listen: Listener) -> None:
+    while state.epoch < job.cfg.training.epochs:
+        _train_epoch(job, state, device, listen)
+        _evaluate(job, state, device)
+        listen(Evaluated(*job.key, state.epoch, state.epochs[-1].metrics))
+
+
+def _train_epoch(job: _Job, state: RunState, device: torch.device, listen: Listener) -> None:
+    """The rest of the epoch that `state` stands in, one optimiser step at a time."""
+    training, arm = job.cfg.training, state.arm
+    lengths = job.train.lengths()
+    groups = epoch_batches(
+        len(job.train), _examples_per_step(job.cfg), derive(job.seed, "order"), state.epoch
+    )
+    arm.model.train()
+    told = time.monotonic()
+    for group in groups[state.position :]:
+        phase = arm.phase()
+        state.training.enter(phase)
+        loss = torch.zeros((), device=device)
+        for micro in job.micro_batches(group):
+            batch = _to(job.batch(job.train, micro), device)
+            with _precision(job.cfg, device):
+                # The mean over the step's examples, also where the last micro-batch is a short one.
+                part = arm.model(**batch).loss * (len(micro) / len(group))
+            part.backward()
+            loss += part.detach()
+        if training.max_grad_norm is not None:
+            torch.nn.utils.clip_grad_norm_(arm.trainable, training.max_grad_norm)
+        arm.optimizer.step()
+        arm.scheduler.step()
+        arm.optimizer.zero_grad()
+        state.step += 1
+        state.position += 1
+        state.examples += len(group)
+        state.tokens += int(lengths[group].sum())
+        state.unread.append(loss)
+        if time.monotonic() - told >= _SECONDS_BETWEEN_EVENTS:
+            mean = state.read_losses()
+            rate = state.examples / state.training.total()
+            listen(StepDone(*job.key, state.step, job.total_steps, mean, phase, rate))
+            told = time.monotonic()
+    if state.unread:
+        mean = state.read_losses()
+        rate = state.examples / state.training.total()
+        listen(StepDone(*job.key, state.step, job.total_steps, mean, arm.phase(), rate))
+    state.training.enter(None)
+
+
+def _evaluate(job: _Job, state: RunState, device: torch.device) -> None:
+    """Close the epoch: evaluate, note it down, and point at the next one."""
+    state.evaluating.enter("evaluation")
+    logits = predict(job, state.arm, device)
+    labels = job.evaluation.labels
+    if not np.isfinite(logits).all():
+        raise Diverged(
+            f"the model's outputs are not finite after step {state.step}: training diverged. "
+            f"{_CALM_DOWN}"
+        )
+    # Worked out from the logits: the model's own loss would carry AdaLoRA's regulariser.
+    outputs = torch.from_numpy(logits)
+    if job.spec.kind == "regression":
+        loss = functional.mse_loss(outputs[:, 0], labels.float())
+    else:
+        loss = functional.cross_entropy(outputs, labels)
+    state.logits = logits
+    state.epochs.append(
+        Epoch(
+            epoch=state.epoch + 1,
+            step=state.step,
+            learning_rate=float(state.arm.scheduler.get_last_lr()[0]),
+            train_loss=state.epoch_loss / state.position,
+            metrics=score(job.spec, logits, labels.numpy()),
+            loss=float(loss) if math.isfinite(loss) else None,
+        )
+    )
+    state.evaluating.enter(None)
+    state.epoch, state.position, state.epoch_loss = state.epoch + 1, 0, 0.0
+
+
+@torch.inference_mode()
+def predict(job: _Job, arm: Arm, device: torch.device) -> np.ndarray:
+    """Logits [n, classes] float32 of the evaluation split, in its order."""
+    arm.model.eval()
+    # Long ones first: what does not fit into memory fails at once.
+    order = job.evaluation.lengths().argsort(descending=True, stable=True)
+    parts = []
+    for index in order.split(_EVALUATION_BATCH):
+        batch = _to(job.batch(job.evaluation, index), device)
+        del batch["labels"]
+        with _precision(job.cfg, device):
+            parts.append(arm.model(**batch).logits.float())
+    logits = torch.cat(parts).cpu()
+    return torch.empty_like(logits).index_copy_(0, order, logits).numpy()
+
+
+def _to(batch: dict[str, Tensor], device: torch.device) -> dict[str, Tensor]:
+    return {name: tensor.to(device, non_blocking=True) for name, tensor in batch.items()}
+
+
+def _precision(cfg: RunConfig, device: torch.device) -> contextlib.AbstractContextManager[object]:
+    if cfg.training.mixed_precision == "bf16" and device.type == "cuda":
+        return torch.autocast("cuda", dtype=torch.bfloat16)
+    return contextlib.nullcontext()
+
+
+def _record(
+    job: _Job,
+    state: RunState | None,
+    device: torch.device,
+    started: datetime,
+    failure: Failure | None = None,
+) -> Record:
+    """The record of a run as it stands: complete, or failed where it was when `failure` struck."""
+    cuda = device.type == "cuda"
+    record = Record(
+        run_id=job.cfg.run_id,
+        seed=job.seed,
+        arm=job.cfg.arm,
+        status="failed" if failure else "complete",
+        error=failure,
+        started=started,
+        finished=datetime.now(UTC),
+        command=shlex.join(sys.argv),
+        versions=versions(),
+        git_commit=git_commit(),
+        machine=Machine(
+            cpu=cpu_name(),
+            cores=os.cpu_count() or 1,
+            threads=torch.get_num_threads(),
+            device=torch.cuda.get_device_name(device) if cuda else "cpu",
+        ),
+        config=job.cfg.model_dump(mode="json"),
+        config_fingerprint=fingerprint(job.cfg),
+        data_fingerprint=job.data.fingerprint,
+        data_source=job.data.source,
+        evaluated_on=job.cfg.training.evaluate_on,
+        primary_metric=job.spec.primary,
+        backbone=BackboneInfo(
+            name=job.backbone.name,
+            source=job.backbone.source,
+            commit=job.backbone.commit,
+            parameters=job.backbone.parameters,
+        ),
+        total_steps=job.total_steps,
+        warnings=list(job.warnings),
+    )
+    if state is None:
+        return record
+    phases = state.training.seconds
+    seconds = sum(phases.values())
+    fisher = phases.get("fisher", 0.0)
+    record.epochs = state.epochs
+    record.steps = state.step
+    record.times = Times(
+        train_seconds=seconds,
+        fisher_seconds=fisher,
+        steady_seconds=seconds - fisher,
+        eval_seconds=sum(state.evaluating.seconds.values()),
+        phases=dict(phases),
+    )
+    record.peak_memory_bytes = _peak_memory(device)
+    if seconds > 0:
+        record.examples_per_second = state.examples / seconds
+        record.tokens_per_second = state.tokens / seconds
+    if failure is None:
+        record.parameters = state.arm.parameters()
+        record.matrices = state.arm.report()
+    return record
+
+
+def _forget_peak_memory(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    else:
+        # Linux counts the resident peak anew from here; elsewhere it is that of the process.
+        with contextlib.suppress(OSError):
+            Path("/proc/self/clear_refs").write_text("5")
+
+
+def _peak_memory(device: torch.device) -> int:
+    """Bytes: the most that was allocated on the GPU, or resident in this process."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    try:
+        lines = Path("/proc/self/status").read_text().splitlines()
+        return 1024 * next(int(line.split()[1]) for line in lines if line.startswith("VmHWM"))
+    except (OSError, StopIteration):
+        unit = 1 if sys.platform == "darwin" else 1024
+        return unit * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
