@@ -31,9 +31,7 @@ _FILE = re.compile(rf"/(?P<kind>datasets/)?{_REPO}/resolve/(?P<revision>[^/]+)/(
 
 @dataclass
 class Repository:
-    """One commit of a model or data set. `cut` names files whose body ends before their announced
-    length.
-    """
+    """One commit of a model or data set; a file in `cut` arrives shorter than HEAD said."""
 
     commit: str
     files: Mapping[str, bytes]
@@ -212,10 +210,7 @@ class _Handler(BaseHTTPRequestHandler):
             headers["Content-Range"] = f"bytes {first}-{first + len(content) - 1}/{total}"
             status = 206
         if match["path"] in repository.cut and self.command == "GET":
-            # the announced length stays, the connection closes half-way
-            self._send(status, content[: len(content) // 2], headers, announced=len(content))
-            self.close_connection = True
-            return
+            content = content[: len(content) // 2]
         self._send(status, content, headers)
 
     def _json(self, value: object, repository: Repository) -> None:
@@ -235,12 +230,11 @@ class _Handler(BaseHTTPRequestHandler):
         status: int,
         content: bytes,
         headers: Mapping[str, str] | None = None,
-        announced: int | None = None,
     ) -> None:
         self.send_response(status)
         for name, value in (headers or {}).items():
             self.send_header(name, value)
-        self.send_header("Content-Length", str(len(content) if announced is None else announced))
+        self.send_header("Content-Length", str(len(content)))
         self.end_headers()
         if self.command != "HEAD":
             self.wfile.write(content)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import math
-import os
 import random
 import re
 import time
@@ -26,8 +25,6 @@ from fwlora.budget import (
     parameters_of_percent,
     rank_pattern,
 )
-
-os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 ROBERTA_BASE = 124_645_632
 ATTENTION = ["query", "key", "value"]

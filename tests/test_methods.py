@@ -189,11 +189,11 @@ def test_every_setting_reaches_the_method() -> None:
     own = {"lambda_fw": "shrinkage", "warmup_steps": "warmup", "fisher_alpha": "ema"}
     for key, value in changed.items():
         assert getattr(config, own.get(key, key)) == value
-    assert config.seed == derive(5, "fw_lora")
+    assert config.seed == 5
     assert {own.get(k, k) for k in changed} | {"seed"} == {
         f.name for f in fields(fwlora.FWLoraConfig)
     }
-    assert fw_config(FWLoraSettings(), 0) == fwlora.FWLoraConfig(seed=derive(0, "fw_lora"))
+    assert fw_config(FWLoraSettings(), 0) == fwlora.FWLoraConfig()
 
 
 def test_fw_lora_watches_and_then_shrinks(world: World, backbone: Backbone) -> None:

@@ -200,6 +200,26 @@ def test_a_full_disk_is_one_message_and_leaves_the_former_run(
     assert load_record(tmp_path / "demo" / "seed-0") == first
 
 
+def test_a_rename_that_fails_brings_the_former_run_back(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cfg = config(tmp_path)
+    first = record_of(cfg)
+    write(cfg, first)
+    rename = Path.rename
+
+    def fail(self: Path, target: Path) -> Path:
+        if self.name.endswith(".tmp"):
+            raise PermissionError(errno.EACCES, "Permission denied")
+        return rename(self, target)
+
+    monkeypatch.setattr(Path, "rename", fail)
+    with pytest.raises(UserError, match="cannot write results: Permission denied. Choose a folder"):
+        write(cfg, record_of(cfg, steps=7))
+    assert visible(tmp_path / "demo") == ["seed-0"]
+    assert load_record(tmp_path / "demo" / "seed-0") == first
+
+
 def test_other_faults_of_a_writer_keep_their_name_and_leave_nothing(tmp_path: Path) -> None:
     cfg = config(tmp_path)
 

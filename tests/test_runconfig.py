@@ -128,14 +128,15 @@ def test_a_run_is_an_id_a_path_or_an_id_in_a_tree_of_ones_own(tmp_path, monkeypa
 
 
 def test_ones_own_tree_wins_over_the_packaged_one(tmp_path):
-    write(tmp_path / "base/minilm.yaml", "training: {epochs: 9}")
+    write(tmp_path / "base/minilm.yaml", "training: {warmup_ratio: 0.5}")
     text = "defaults: [/base/minilm, /base/cola, _self_]\n"
     text += "run_id: demo-lora\nmethod: lora\nmodel: {name: m, pretrained_id: m, lora: {rank: 2}}\n"
     write(tmp_path / "run/demo-lora.yaml", text)
     write(tmp_path / "config.yaml", "something: else")
     cfg = load_run("demo-lora", config_dir=str(tmp_path))
-    assert (cfg.dataset.subset, cfg.model.lora.rank, cfg.training.batch_size) == ("cola", 2, 32)
-    assert cfg.training.epochs == 6  # from the packaged base/cola, which comes after
+    assert (cfg.training.warmup_ratio, cfg.model.lora.rank) == (0.5, 2)
+    assert cfg.model.lora.alpha is None  # nothing of the packaged base/minilm
+    assert cfg.dataset.subset == "cola"  # from the packaged base/cola
 
 
 def test_a_file_reads_numbers_as_people_mean_them(tmp_path):

@@ -317,11 +317,9 @@ def _shape(name: str, module: nn.Module) -> tuple[int, int]:
         raise ValueError(f"{name} already carries an adapter; pass the model as it was before PEFT")
     if isinstance(module, nn.Linear):
         return module.in_features, module.out_features
-    if type(module).__name__ == "Conv1D" and hasattr(
-        module, "nf"
-    ):  # GPT-2's: weight is d_in × d_out
-        rows, columns = module.get_parameter("weight").shape
-        return rows, columns
+    if type(module).__name__ == "Conv1D" and hasattr(module, "nf"):
+        d_in, d_out = module.get_parameter("weight").shape  # GPT-2 stores it transposed
+        return d_in, d_out
     raise ValueError(
         f"{name} is a {type(module).__name__}, neither Linear nor Conv1D; "
         f"name the Linear layers inside or beside it"
@@ -340,14 +338,9 @@ def _elements(model: nn.Module, name: str, parameter: nn.Parameter) -> int:
     if state is not None:
         return math.prod(state.shape)
     owner = model.get_submodule(name.rpartition(".")[0])
-    shape = getattr(owner, "in_features", None), getattr(owner, "out_features", None)
-    if (
-        not parameter.is_floating_point()
-        and isinstance(shape[0], int)
-        and isinstance(shape[1], int)
-    ):
-        return shape[0] * shape[1]
-    return parameter.numel()
+    d_in, d_out = getattr(owner, "in_features", None), getattr(owner, "out_features", None)
+    packed = not parameter.is_floating_point()
+    return d_in * d_out if packed and d_in and d_out else parameter.numel()
 
 
 def _whole_number(what: str, value: object, hint: str = "") -> None:

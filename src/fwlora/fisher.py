@@ -103,15 +103,15 @@ def adapter_energy(
 
 
 def update_average(
-    fisher: Float[Tensor, " m"], step: Float[Tensor, " m"], ema: float, averaging: str
-) -> tuple[Float[Tensor, " m"], Tensor]:
+    fisher: Float[Tensor, "*lanes m"], step: Float[Tensor, "*lanes m"], ema: float, averaging: str
+) -> tuple[Float[Tensor, "*lanes m"], Tensor]:
     """`F ← α·F + (1 − α)·f` (the request), or the same over the step's shares `f / Σf`.
 
     Raw values follow the global size of the gradient, so steps with a large loss dominate; shares weigh every step
-    alike. A step with a non-finite value leaves F as it is. Returns the new F and whether the step counted, a
-    boolean tensor: nothing here waits for the device.
+    alike. A step with a non-finite value leaves F as it is. Returns the new F and whether the step counted, boolean
+    [*lanes]: nothing here waits for the device.
     """
     if averaging == "share":
-        step = step / step.sum()
-    counted = torch.isfinite(step).all()
-    return torch.where(counted, ema * fisher + (1.0 - ema) * step, fisher), counted
+        step = step / step.sum(-1, keepdim=True)
+    counted = torch.isfinite(step).all(-1)
+    return torch.where(counted[..., None], ema * fisher + (1.0 - ema) * step, fisher), counted

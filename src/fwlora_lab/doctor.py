@@ -28,9 +28,7 @@ _FOR_SEARCHES = ("optuna",)
 def doctor_lines(
     glue_roots: Sequence[str] = ("data/glue", "glue", "../shared/glue"),
 ) -> list[tuple[str, str, str]]:
-    """(status, what, detail) for every finding: "ok", "warn" (works, with a limit) or "no" (does
-    not work).
-    """
+    """(status, what, detail) of every finding: "ok", "warn" (works within limits) or "no"."""
     return [
         *_versions(),
         *_device(),
@@ -83,8 +81,7 @@ def _hub() -> list[Line]:
             "warn",
             "hub",
             f"{constants.ENDPOINT} cannot be reached ({trouble}); minilm, local folders and what "
-            "the cache "
-            f"({constants.HF_HUB_CACHE}) holds still work",
+            f"the cache ({constants.HF_HUB_CACHE}) holds still work",
         )
     ]
 
@@ -139,8 +136,7 @@ def _data(glue_roots: Sequence[str]) -> list[Line]:
                 "warn",
                 "data GLUE",
                 "no GLUE folder here and nothing in the cache: fetched from the hub at its first "
-                "use, or name a "
-                "folder in GLUE's own layout with dataset.root=…",
+                "use, or name a folder in GLUE's own layout with dataset.root=…",
             )
         )
     return lines

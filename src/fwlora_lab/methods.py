@@ -263,7 +263,7 @@ def fw_config(settings: FWLoraSettings, seed: int) -> fwlora.FWLoraConfig:
         shrinkage=own.pop("lambda_fw"),
         warmup=own.pop("warmup_steps"),
         ema=own.pop("fisher_alpha"),
-        seed=derive(seed, "fw_lora"),
+        seed=seed,
         **own,
     )
 
@@ -323,7 +323,10 @@ def _adalora_config(
 
 
 def _wrap(model: nn.Module, config: LoraConfig, device: torch.device | str) -> PeftModel:
-    return cast(PeftModel, get_peft_model(model, config)).to(device)  # type: ignore[arg-type]
+    with warnings.catch_warnings():
+        # PEFT's use of transformers, which nobody who reads this can change.
+        warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing. is deprecated")
+        return cast(PeftModel, get_peft_model(model, config)).to(device)  # type: ignore[arg-type]
 
 
 def _optimizer(model: nn.Module, cfg: RunConfig) -> torch.optim.AdamW:

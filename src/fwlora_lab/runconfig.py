@@ -1462,6 +1462,6 @@ def check_warmup(cfg: RunConfig, total_steps: int, train_examples: int | None = 
         )
     if cfg.fw_lora.start >= steps:
         raise UserError(
-            f"fw_lora.start = {cfg.fw_lora.start} leaves no step to watch: fw_lora.warmup_steps = {k} "
-            f"ends the Fisher phase after {steps} of {run}; lower start"
+            f"fw_lora.start = {cfg.fw_lora.start} leaves no step to watch: "
+            f"fw_lora.warmup_steps = {k} ends the Fisher phase after {steps} of {run}; lower start"
         )

@@ -208,8 +208,8 @@ def load_task(cfg: DatasetConfig) -> TaskData:
         name = spec.labels[int(train.labels[0])]
         raise UserError(
             f"{source}: all {len(train)} training examples have the label {name!r}, so there is "
-            "nothing to learn; use data with two classes or more"
-            + ("" if cfg.train_examples is None else ", or raise dataset.train_examples")
+            "nothing to learn; use data with two classes or more, or leave more of it for training "
+            "(dataset.train_examples, dataset.selection_fraction)"
         )
     digest = _fingerprint(spec, {"train": train, "selection": selection, "dev": dev})
     return TaskData(spec, train, selection, dev, digest, source)
@@ -794,9 +794,10 @@ def epoch_batches(n: int, batch_size: int, seed: int, epoch: int) -> list[torch.
 def length_groups(lengths: torch.Tensor, overhead: int = 32) -> list[torch.Tensor]:
     """Positions of a batch in groups of similar length, the cheapest to compute one after another.
 
-    lengths: int64 [b], in tokens. Minimises `Σ_groups (size · longest + overhead)` exactly, by dynamic
-    programming over the sorted lengths; `overhead` is what one more forward and backward pass costs, in
-    tokens. The batch stays the batch: the groups' losses, weighted by their sizes, add up to its mean loss.
+    lengths: int64 [b], in tokens. Minimises `Σ_groups (size · longest + overhead)` exactly, by
+    dynamic programming over the sorted lengths; `overhead` is what one more forward and backward
+    pass costs, in tokens. The batch stays the batch: the groups' losses, weighted by their sizes,
+    add up to its mean loss.
     """
     order = torch.argsort(lengths, descending=True, stable=True)
     longest = lengths[order].tolist()

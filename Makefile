@@ -1,0 +1,30 @@
+# The two commands for a fresh machine with Python >= 3.11: `make demo` and `make test`.
+PYTHON ?= python3
+BIN := .venv/bin
+
+.PHONY: demo test lint bench clean
+
+demo: .venv/lab.done
+	$(BIN)/fwlora demo
+
+test: .venv/dev.done
+	$(BIN)/pytest
+
+lint: .venv/dev.done
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/pyright
+
+bench: .venv/dev.done
+	$(BIN)/python benchmarks/step_time.py
+
+# torch comes first and by its exact version: resolved among the rest it may drag in another build.
+.venv/%.done: pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/python -c 'import sys; assert sys.version_info >= (3, 11), "fwlora needs Python 3.11 or newer: make PYTHON=python3.11"'
+	$(BIN)/pip install --quiet torch==2.13.0
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[$*]'
+	touch $@
+
+clean:
+	rm -rf .venv build dist src/*.egg-info
