@@ -195,12 +195,14 @@ class Lanes:
 
     def _resize(self, lanes: int, keep: Sequence[int] = ()) -> None:
         """Buffers for so many lanes; the rows `keep` of the present ones come first."""
-        new = torch.zeros(4, lanes, self.size, dtype=self.dtype, device=self.device)
+        # Four tensors, not four rows of one: autograd takes a write to the gradients for one to the values.
+        new = [torch.zeros(lanes, self.size, dtype=self.dtype, device=self.device) for _ in range(4)]
         fisher = torch.zeros(lanes, len(self.targets), dtype=self.dtype, device=self.device)
         coefficients = torch.zeros(2, lanes, len(self.targets), dtype=self.dtype, device=self.device)
         if keep:
             rows = torch.tensor(list(keep), device=self.device)
-            new[:, : len(keep)] = self._buffers[:, rows]
+            for buffer, old in zip(new, self._buffers, strict=True):
+                buffer[: len(keep)] = old[rows]
             fisher[: len(keep)] = self.fisher[rows]
             coefficients[:, : len(keep)] = self.coefficients[:, rows]
         self._buffers, self.fisher, self.coefficients = new, fisher, coefficients

@@ -1,0 +1,316 @@
+"""Lanes: each is the run that it would be alone, and the run that PEFT trains.
+
+    pytest tests/test_lanes.py
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+from torch.testing import assert_close
+from transformers import (
+    BertConfig,
+    BertForSequenceClassification,
+    BertModel,
+    ModernBertConfig,
+    ModernBertModel,
+    RobertaConfig,
+    RobertaForSequenceClassification,
+    RobertaModel,
+)
+
+import fwlora
+from fwlora import FWLoraConfig
+from fwlora_lab.lanes import Lanes, LaneSettings
+from fwlora_lab.packing import ATTENTION, pack
+from fwlora_lab.tasks import TokenTable, collate
+
+F64 = torch.float64
+TARGETS = ("query", "key", "value", "intermediate.dense", "output.dense")
+
+
+@pytest.fixture(scope="module")
+def table() -> TokenTable:
+    g = torch.Generator().manual_seed(0)
+    lengths = torch.randint(3, 30, (64,), generator=g)
+    offsets = torch.cat([torch.zeros(1, dtype=torch.long), lengths.cumsum(0)])
+    n = int(lengths.sum())
+    return TokenTable(
+        tokens=torch.randint(5, 90, (n,), generator=g).int(),
+        types=torch.randint(0, 2, (n,), generator=g).to(torch.int8),
+        offsets=offsets,
+        labels=torch.randint(0, 2, (64,), generator=g),
+    )
+
+
+SHAPE = dict(
+    vocab_size=100,
+    hidden_size=16,
+    num_hidden_layers=2,
+    num_attention_heads=2,
+    intermediate_size=32,
+    max_position_embeddings=64,
+)
+
+
+def classifier(kind: str, dropout: float = 0.0, seed: int = 0):
+    torch.manual_seed(seed)
+    rates = dict(hidden_dropout_prob=dropout, attention_probs_dropout_prob=dropout)
+    if kind == "bert":
+        return BertForSequenceClassification(BertConfig(**SHAPE, **rates)).double()
+    config = RobertaConfig(**SHAPE, **rates, pad_token_id=1, type_vocab_size=2)
+    return RobertaForSequenceClassification(config).double()
+
+
+def targets_of(model: nn.Module) -> list[str]:
+    return [
+        n
+        for n, m in model.named_modules()
+        if isinstance(m, nn.Linear) and n.endswith(TARGETS) and "attention.output" not in n
+    ]
+
+
+# Packed batches
+
+
+@pytest.mark.parametrize("kind", ["bert", "roberta", "modernbert"])
+def test_packed_is_padded(kind, table):
+    torch.manual_seed(0)
+    config, model, offset, pad = {
+        "bert": (BertConfig(**SHAPE), BertModel, 0, 0),
+        "roberta": (RobertaConfig(**SHAPE, pad_token_id=1, type_vocab_size=2), RobertaModel, 2, 1),
+        # A window much narrower than the sentences: who sees whom must be right there, too.
+        "modernbert": (
+            ModernBertConfig(**{**SHAPE, "num_hidden_layers": 4}, local_attention=8, pad_token_id=0),
+            ModernBertModel,
+            0,
+            0,
+        ),
+    }[kind]
+    encoder = model(config).double().eval()
+    with torch.no_grad():  # far from the initialisation, where every output looks alike
+        for p in encoder.parameters():
+            p.add_(0.3 * torch.randn_like(p))
+    batches = [torch.arange(0, 13), torch.arange(13, 64)]
+    packed = pack(table, batches, F64)
+    assert packed.tokens.shape[1] == max(packed.counts) == int(table.lengths()[13:].sum())
+    want = []
+    for b in batches:
+        batch = collate(table, b, pad, "longest", 64)
+        del batch["labels"]
+        if kind == "modernbert":
+            del batch["token_type_ids"]
+        want.append(encoder(**batch).last_hidden_state[:, 0])
+    encoder.config._attn_implementation = ATTENTION
+    types = {} if kind == "modernbert" else {"token_type_ids": packed.types}
+    hidden = encoder(
+        input_ids=packed.tokens, position_ids=packed.positions + offset, packed=packed, **types
+    ).last_hidden_state
+    first = hidden.reshape(-1, 16)[packed.first]
+    for e, w in enumerate(want):
+        assert_close(first[e, : len(w)], w, rtol=1e-9, atol=1e-11)
+
+
+# Lanes against PEFT
+
+
+def settings(rank: int, targets: Sequence[str], **more) -> LaneSettings:
+    given = dict(
+        ranks=dict.fromkeys(targets, rank),
+        scale=2.0,
+        dropout=0.0,
+        weight_decay=0.01,
+        max_grad_norm=1.0,
+        seed=0,
+    )
+    return LaneSettings(**{**given, **more})  # type: ignore[arg-type]
+
+
+def initial(model, targets, rank: int, seed: int) -> tuple[dict, dict]:
+    g = torch.Generator().manual_seed(seed)
+    adapters = {}
+    for n in targets:
+        base = model.get_submodule(n)
+        a = torch.randn(rank, base.in_features, generator=g, dtype=F64) / base.in_features**0.5
+        adapters[n] = (a, 0.1 * torch.randn(base.out_features, rank, generator=g, dtype=F64))
+    names = {
+        "bert": ("bert.pooler.dense", "classifier"),
+        "roberta": ("classifier.dense", "classifier.out_proj"),
+    }[model.config.model_type]
+    head = {
+        f"{n}.{k}": 0.2 * torch.randn(p.shape, generator=g, dtype=F64)
+        for n in names
+        for k, p in model.get_submodule(n).named_parameters()
+    }
+    return adapters, head
+
+
+FW = FWLoraConfig(warmup=8, ema=0.9, shrinkage=0.01)
+RUNS = [
+    # (rank, learning rate, settings of the lane)
+    (2, 1e-2, {}),
+    (4, 5e-3, {"fw": FW, "warmup_steps": 8}),
+    (1, 2e-2, {"fw": FWLoraConfig(warmup=5, coupling="decoupled", shrinkage=0.05), "warmup_steps": 5}),
+    (3, 1e-2, {"fw": FWLoraConfig(warmup=6, norm="factors", estimator="per_example"), "warmup_steps": 6}),
+    (3, 1e-2, {"fw": FWLoraConfig(warmup=6, estimator="sketch", every=2), "warmup_steps": 6}),
+    (2, 1e-2, {"fw": FWLoraConfig(warmup=4, estimator="adapter"), "warmup_steps": 4, "max_grad_norm": None}),
+]
+
+
+def batch_of(table: TokenTable, lane: int, step: int) -> Tensor:
+    return torch.randperm(64, generator=torch.Generator().manual_seed(100 * lane + step))[: 5 + lane]
+
+
+class World:
+    def __init__(self, kind: str, table: TokenTable, dropout: float = 0.0) -> None:
+        self.kind, self.table, self.dropout = kind, table, dropout
+        self.targets = targets_of(classifier(kind))
+
+    def lanes(self, which: Sequence[int], **more) -> Lanes:
+        engine = Lanes(classifier(self.kind, self.dropout), self.targets, len(which), 4)
+        for i in which:
+            rank, _, own = RUNS[i]
+            s = settings(rank, self.targets, seed=i, **{**own, **more})
+            engine.admit(s, *initial(classifier(self.kind), self.targets, rank, i))
+        return engine
+
+    def train(self, engine: Lanes, which: Sequence[int], steps: int, start: int = 0) -> list[Tensor]:
+        losses = []
+        for step in range(start, start + steps):
+            packed = pack(self.table, [batch_of(self.table, i, step) for i in which], F64)
+            losses.append(engine.step(packed, [RUNS[i][1] * 0.99**step for i in which]))
+        return losses
+
+    def peft(self, i: int, steps: int):
+        """The same run with PEFT, padding, torch's AdamW and fwlora.attach."""
+        from peft import LoraConfig, get_peft_model
+
+        rank, lr, own = RUNS[i]
+        model = classifier(self.kind)
+        adapters, head = initial(model, self.targets, rank, i)
+        with torch.no_grad():
+            for name, value in head.items():
+                model.get_parameter(name).copy_(value)
+        modules = ["classifier", "pooler"] if self.kind == "bert" else ["classifier"]
+        lora = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=self.targets, modules_to_save=modules)
+        peft = get_peft_model(model, lora).double()
+        for name, (a, b) in adapters.items():
+            layer = peft.base_model.model.get_submodule(name)
+            layer.lora_A["default"].weight.data.copy_(a)
+            layer.lora_B["default"].weight.data.copy_(b)
+        trained = [p for p in peft.parameters() if p.requires_grad]
+        optimizer = torch.optim.AdamW(
+            [
+                {"params": [p for p in trained if p.ndim > 1], "weight_decay": 0.01},
+                {"params": [p for p in trained if p.ndim == 1], "weight_decay": 0.0},
+            ],
+            lr=lr,
+        )
+        handle = fwlora.attach(peft, optimizer, own["fw"]) if "fw" in own else None
+        for step in range(steps):
+            for group in optimizer.param_groups:
+                group["lr"] = lr * 0.99**step
+            index = batch_of(self.table, i, step)
+            batch = collate(self.table, index, 1 if self.kind == "roberta" else 0, "longest", 64)
+            labels = batch.pop("labels")
+            cross_entropy(peft(**batch).logits, labels).backward()
+            limit = own.get("max_grad_norm", 1.0)
+            if limit is not None:
+                torch.nn.utils.clip_grad_norm_(trained, limit)
+            optimizer.step()
+            optimizer.zero_grad()
+        return peft, handle
+
+
+def equal_lane(engine: Lanes, lane: int, other: Lanes, there: int, **tolerance) -> None:
+    tolerance = tolerance or {"rtol": 1e-9, "atol": 1e-9}
+    for name, (a, b) in engine.adapters(lane).items():
+        assert_close(a, other.adapters(there)[name][0], **tolerance)
+        assert_close(b, other.adapters(there)[name][1], **tolerance)
+    for name, value in engine.head_of(lane).items():
+        assert_close(value, other.head_of(there)[name], **tolerance)
+
+
+@pytest.mark.parametrize("kind", ["bert", "roberta"])
+def test_every_lane_is_the_run_that_peft_trains(kind, table):
+    world = World(kind, table)
+    which = range(len(RUNS))
+    engine = world.lanes(which)
+    world.train(engine, which, 25)
+    for i in which:
+        peft, handle = world.peft(i, 25)
+        for name, (a, b) in engine.adapters(i).items():
+            layer = peft.base_model.model.get_submodule(name)
+            assert_close(a, layer.lora_A["default"].weight.detach(), rtol=1e-6, atol=1e-8)
+            assert_close(b, layer.lora_B["default"].weight.detach(), rtol=1e-6, atol=1e-8)
+        if handle is not None:
+            assert handle.phase == "shrink"
+            assert engine.fisher_of(i) == pytest.approx(handle.fisher(), rel=1e-6)
+            assert float(engine.penalties()[i]) == pytest.approx(float(handle.penalty()), rel=1e-6)
+        else:
+            assert float(engine.penalties()[i]) == 0.0
+
+
+def test_a_lane_in_company_is_the_lane_alone_over_100_steps(table):
+    """With dropout everywhere: each lane draws its own masks."""
+    world = World("bert", table, dropout=0.1)
+    which = [3, 0, 2, 1]
+    together = world.lanes(which, dropout=0.2)
+    world.train(together, which, 100)
+    for row, i in enumerate(which):
+        alone = world.lanes([i], dropout=0.2)
+        world.train(alone, [i], 100)
+        equal_lane(together, row, alone, 0)
+
+
+def test_a_diverging_lane_touches_no_other(table):
+    world = World("bert", table, dropout=0.1)
+    healthy, sick = world.lanes([1, 0, 2]), world.lanes([1, 0, 2])
+    sick.factors[world.targets[0]][0].data[1] = float("nan")
+    world.train(healthy, [1, 0, 2], 15)
+    losses = world.train(sick, [1, 0, 2], 15)
+    assert torch.isnan(losses[-1][1]) and torch.isfinite(losses[-1][[0, 2]]).all()
+    equal_lane(sick, 0, healthy, 0, rtol=0, atol=0)
+    equal_lane(sick, 2, healthy, 2, rtol=0, atol=0)
+
+
+def test_a_released_lane_makes_room_for_the_next_run(table):
+    world = World("bert", table, dropout=0.1)
+    engine = world.lanes([0, 1, 2])
+    world.train(engine, [0, 1, 2], 10)
+    engine.release(0)
+    rank, _, own = RUNS[3]
+    s = settings(rank, world.targets, seed=3, **own)
+    assert engine.admit(s, *initial(classifier("bert"), world.targets, rank, 3)) == 2
+    for step in range(10, 20):  # the new run is at its own step 0
+        batches = [batch_of(table, 1, step), batch_of(table, 2, step), batch_of(table, 3, step - 10)]
+        rates = [RUNS[1][1] * 0.99**step, RUNS[2][1] * 0.99**step, RUNS[3][1] * 0.99 ** (step - 10)]
+        engine.step(pack(table, batches, F64), rates)
+    for row, i, steps in ((0, 1, 20), (1, 2, 20), (2, 3, 10)):
+        alone = world.lanes([i])
+        world.train(alone, [i], steps)
+        equal_lane(engine, row, alone, 0)
+
+
+def test_padding_of_ranks_stays_zero(table):
+    world = World("bert", table)
+    engine = world.lanes([2, 1])
+    world.train(engine, [2, 1], 20)
+    for a, b in engine.factors.values():
+        assert not a[0, 1:].any() and not b[0, :, 1:].any(), "rank 1 in a buffer of rank 4"
+        assert a[1, 1:].any()
+
+
+def test_prediction_of_some_lanes(table):
+    world = World("bert", table, dropout=0.1)
+    engine = world.lanes([0, 1, 2])
+    world.train(engine, [0, 1, 2], 3)
+    index = torch.arange(20)
+    all_lanes = engine.predict(pack(table, [index] * 3, F64), [0, 1, 2])
+    some = engine.predict(pack(table, [index] * 2, F64), [2, 0])
+    assert_close(some, all_lanes[[2, 0]])
+    assert not torch.allclose(all_lanes[0], all_lanes[2])
