@@ -28,12 +28,76 @@ from fwlora_lab.runconfig import load_run
 # Word pieces per sentence of CoLA's training set with [CLS] and [SEP]: the lengths that occur, and how often each does.
 COLA_LENGTHS = (
     (
-        4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15, 16, 17, 18, 19, 20, 21, 22, 23, 24, 25,
-        26, 27, 28, 29, 30, 31, 32, 33, 35, 37, 40, 47,
+        4,
+        5,
+        6,
+        7,
+        8,
+        9,
+        10,
+        11,
+        12,
+        13,
+        14,
+        15,
+        16,
+        17,
+        18,
+        19,
+        20,
+        21,
+        22,
+        23,
+        24,
+        25,
+        26,
+        27,
+        28,
+        29,
+        30,
+        31,
+        32,
+        33,
+        35,
+        37,
+        40,
+        47,
     ),
     (
-        7, 129, 310, 649, 979, 1154, 1129, 916, 797, 574, 452, 334, 235, 182, 145, 125, 96,
-        66, 67, 66, 41, 26, 21, 17, 6, 8, 6, 1, 8, 1, 1, 1, 1, 1,
+        7,
+        129,
+        310,
+        649,
+        979,
+        1154,
+        1129,
+        916,
+        797,
+        574,
+        452,
+        334,
+        235,
+        182,
+        145,
+        125,
+        96,
+        66,
+        67,
+        66,
+        41,
+        26,
+        21,
+        17,
+        6,
+        8,
+        6,
+        1,
+        8,
+        1,
+        1,
+        1,
+        1,
+        1,
     ),
 )
 BATCH, RANK, WHOLE, K = 32, 4, 800, 200
@@ -118,8 +182,10 @@ def main() -> None:
     times = {name: np.array(column) for name, column in seconds.items()}
     lora = times["lora"]
     print(f"{cpu_name()}, {options.threads} threads, torch {torch.__version__}, {options.batches} batches of {BATCH}")
-    print(f"plain PEFT LoRA: {1e3 * np.median(lora):.1f} ms a step (quartiles "
-          f"{1e3 * np.quantile(lora, 0.25):.1f} to {1e3 * np.quantile(lora, 0.75):.1f})")
+    print(
+        f"plain PEFT LoRA: {1e3 * np.median(lora):.1f} ms a step (quartiles "
+        f"{1e3 * np.quantile(lora, 0.25):.1f} to {1e3 * np.quantile(lora, 0.75):.1f})"
+    )
     part = K / WHOLE
     rows = {
         "control / lora": (times["control"] / lora, None),

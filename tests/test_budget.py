@@ -98,15 +98,11 @@ def test_one_tenth_percent_of_roberta_base_by_hand(roberta_base):
 
 
 def test_roberta_base_with_adapters_and_head_on_the_meta_device():
-    config = transformers.RobertaConfig(
-        vocab_size=50_265, max_position_embeddings=514, type_vocab_size=1, num_labels=2
-    )
+    config = transformers.RobertaConfig(vocab_size=50_265, max_position_embeddings=514, type_vocab_size=1, num_labels=2)
     with torch.device("meta"):
         model = transformers.AutoModelForSequenceClassification.from_config(config)
         pattern = rank_pattern(matrices(model, roberta_targets(12, False, "roberta.")), 124_645)
-        wrapped = peft.get_peft_model(
-            model, peft.LoraConfig(task_type="SEQ_CLS", **lora_kwargs(pattern, 2.0))
-        )
+        wrapped = peft.get_peft_model(model, peft.LoraConfig(task_type="SEQ_CLS", **lora_kwargs(pattern, 2.0)))
     counts = count(wrapped)
     assert counts.adapters == 124_416
     assert counts.head == 592_130
@@ -187,9 +183,7 @@ def test_many_kinds_get_the_most_equal_shares_of_a_full_budget(seed):
     costs = [8 * c for c in rng.sample(range(4, 30), kinds)]
     counts = [rng.randint(1, 9) for _ in costs]
     found = [
-        Matrix(f"{cost}.{i}", cost - 8, 8)
-        for cost, number in zip(costs, counts, strict=True)
-        for i in range(number)
+        Matrix(f"{cost}.{i}", cost - 8, 8) for cost, number in zip(costs, counts, strict=True) for i in range(number)
     ]
     total = sum(m.cost for m in found)
     pattern = rank_pattern(found, int(rng.uniform(0.2, 0.8) * total))
@@ -233,9 +227,7 @@ def test_pattern_depends_on_the_order_of_layers_only_not_on_names():
 def test_hundreds_of_matrices_of_six_kinds_are_quick(unit):
     rng = random.Random(unit)
     top = 8192 // unit
-    shapes = [
-        (unit * rng.randint(top // 32, top), unit * rng.randint(top // 32, top)) for _ in range(6)
-    ]
+    shapes = [(unit * rng.randint(top // 32, top), unit * rng.randint(top // 32, top)) for _ in range(6)]
     found = [Matrix(f"layer.{i}", *rng.choice(shapes)) for i in range(500)]
     total = sum(m.cost for m in found)
     seconds = []
@@ -330,9 +322,7 @@ def tiny(kind: str) -> tuple[nn.Module, list[str]]:
     torch.manual_seed(0)
     common = dict(vocab_size=60, num_labels=3)
     if kind == "gpt2":
-        config = transformers.GPT2Config(
-            n_embd=12, n_layer=3, n_head=2, n_positions=24, pad_token_id=0, **common
-        )
+        config = transformers.GPT2Config(n_embd=12, n_layer=3, n_head=2, n_positions=24, pad_token_id=0, **common)
         ends = ["attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj"]
         names = [f"transformer.h.{i}.{end}" for i in range(3) for end in ends]
     else:
@@ -430,9 +420,7 @@ def test_peft_builds_saves_and_loads_exactly_the_pattern(kind, units, scale, tmp
     pattern = rank_pattern(found, budget)
     if units < 1:
         assert 0 in pattern.values()
-    config = peft.LoraConfig(
-        task_type="SEQ_CLS", fan_in_fan_out=kind == "gpt2", **lora_kwargs(pattern, scale)
-    )
+    config = peft.LoraConfig(task_type="SEQ_CLS", fan_in_fan_out=kind == "gpt2", **lora_kwargs(pattern, scale))
     wrapped = peft.get_peft_model(model, config)
     assert_pattern(wrapped, pattern, scale)
 
@@ -518,9 +506,7 @@ def test_adalora_counts_its_three_factors_and_not_its_rank_counter():
 
 def test_inactive_adapters_and_their_heads_are_not_counted():
     model, _ = tiny("bert")
-    wrapped = peft.get_peft_model(
-        model, peft.LoraConfig(task_type="SEQ_CLS", r=2, target_modules=["query"])
-    )
+    wrapped = peft.get_peft_model(model, peft.LoraConfig(task_type="SEQ_CLS", r=2, target_modules=["query"]))
     before = count(wrapped)
     wrapped.add_adapter("other", peft.LoraConfig(task_type="SEQ_CLS", r=5, target_modules=["key"]))
     assert count(wrapped) == before
@@ -549,9 +535,7 @@ def test_tied_tensors_count_once_and_stay_in_the_backbone():
             self.embed = nn.Embedding(10, 4)
             self.embed.weight = self.head.weight
 
-    wrapped = peft.get_peft_model(
-        Tied(), peft.LoraConfig(r=1, target_modules=["mix"], modules_to_save=["head"])
-    )
+    wrapped = peft.get_peft_model(Tied(), peft.LoraConfig(r=1, target_modules=["mix"], modules_to_save=["head"]))
     assert count(wrapped) == Counts(backbone=40 + 16, adapters=8, head=40, trainable=48)
 
 
@@ -573,10 +557,7 @@ def test_packed_4bit_weights_count_their_true_elements():
     assert packed[0].weight.numel() == 64 * 128 // 2, "the weight is not packed: nothing is tested"
     assert matrices(packed, ["0", "2"]) == matrices(plain, ["0", "2"])
     pattern = {"0": 2, "2": 3}
-    one, two = (
-        count(peft.get_peft_model(m, peft.LoraConfig(**lora_kwargs(pattern, 2.0))))
-        for m in (plain, packed)
-    )
+    one, two = (count(peft.get_peft_model(m, peft.LoraConfig(**lora_kwargs(pattern, 2.0)))) for m in (plain, packed))
     assert one == two
     assert one.backbone == 2 * 64 * 128 + 128 + 64
     for layer in (packed[0], packed[2]):  # the layer's own shape serves where the state is absent

@@ -1,6 +1,6 @@
 """The command line as people use it: in its own process, read on its screen.
 
-    pytest tests/test_cli.py
+pytest tests/test_cli.py
 """
 
 from __future__ import annotations
@@ -42,9 +42,7 @@ def run_file(world, tmp_path):
 
 def fwlora(*words: str, code: int = 0, cwd=None, **more) -> subprocess.CompletedProcess:
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-    done = subprocess.run(
-        [FWLORA, *words], capture_output=True, text=True, env=environment, cwd=cwd, **more
-    )
+    done = subprocess.run([FWLORA, *words], capture_output=True, text=True, env=environment, cwd=cwd, **more)
     assert done.returncode == code, (done.returncode, done.stdout, done.stderr)
     assert "Traceback" not in done.stderr, done.stderr
     return done
@@ -94,7 +92,10 @@ def test_a_sweep(run_file, tmp_path):
         (["run=demo-lora", "again=perhaps"], "must be true or false"),
         (["run=demo-lora", "training.epochs=1,2"], "--multirun"),
         (["run=demo-lora", "method=lorra"], "lora"),
-        (["run=demo-lora", "dataset.root=/nowhere", "dataset.name=glue", "dataset.subset=cola"], "/nowhere"),
+        (
+            ["run=demo-lora", "dataset.root=/nowhere", "dataset.name=glue", "dataset.subset=cola"],
+            "/nowhere",
+        ),
         (["run=demo-lora", "model.pretrained_id=/nowhere"], "/nowhere"),
         (["run=demo-lora", "dataset={oops"], "dataset="),
         (["run=demo-fw_lora", "fw_lora.warmup_steps=5000"], "not smaller than"),

@@ -1,6 +1,6 @@
 """Two processes on gloo train what one process trains on the whole batch.
 
-    pytest tests/test_distributed.py
+pytest tests/test_distributed.py
 """
 
 from __future__ import annotations
@@ -45,9 +45,7 @@ def worker(rank: int, estimator: str, first: bool, folder: str) -> None:
     dist.destroy_process_group()
 
 
-@pytest.mark.parametrize(
-    ("estimator", "inner"), [("exact", False), ("sketch", True), ("per_example", True)]
-)
+@pytest.mark.parametrize(("estimator", "inner"), [("exact", False), ("sketch", True), ("per_example", True)])
 def test_two_processes_equal_one(tmp_path, estimator, inner):
     mp.spawn(worker, (estimator, inner, str(tmp_path)), nprocs=2)  # type: ignore[attr-defined]
     one, other = (torch.load(tmp_path / f"{rank}.pt") for rank in (0, 1))

@@ -1,6 +1,6 @@
 """Lanes: each is the run that it would be alone, and the run that PEFT trains.
 
-    pytest tests/test_lanes.py
+pytest tests/test_lanes.py
 """
 
 from __future__ import annotations
@@ -154,10 +154,26 @@ RUNS = [
     # (rank, learning rate, settings of the lane)
     (2, 1e-2, {}),
     (4, 5e-3, {"fw": FW, "warmup_steps": 8}),
-    (1, 2e-2, {"fw": FWLoraConfig(warmup=5, coupling="decoupled", shrinkage=0.05), "warmup_steps": 5}),
-    (3, 1e-2, {"fw": FWLoraConfig(warmup=6, norm="factors", estimator="per_example"), "warmup_steps": 6}),
+    (
+        1,
+        2e-2,
+        {"fw": FWLoraConfig(warmup=5, coupling="decoupled", shrinkage=0.05), "warmup_steps": 5},
+    ),
+    (
+        3,
+        1e-2,
+        {"fw": FWLoraConfig(warmup=6, norm="factors", estimator="per_example"), "warmup_steps": 6},
+    ),
     (3, 1e-2, {"fw": FWLoraConfig(warmup=6, estimator="sketch", every=2), "warmup_steps": 6}),
-    (2, 1e-2, {"fw": FWLoraConfig(warmup=4, estimator="adapter"), "warmup_steps": 4, "max_grad_norm": None}),
+    (
+        2,
+        1e-2,
+        {
+            "fw": FWLoraConfig(warmup=4, estimator="adapter"),
+            "warmup_steps": 4,
+            "max_grad_norm": None,
+        },
+    ),
 ]
 
 
@@ -287,7 +303,11 @@ def test_a_released_lane_makes_room_for_the_next_run(table):
     s = settings(rank, world.targets, seed=3, **own)
     assert engine.admit(s, *initial(classifier("bert"), world.targets, rank, 3)) == 2
     for step in range(10, 20):  # the new run is at its own step 0
-        batches = [batch_of(table, 1, step), batch_of(table, 2, step), batch_of(table, 3, step - 10)]
+        batches = [
+            batch_of(table, 1, step),
+            batch_of(table, 2, step),
+            batch_of(table, 3, step - 10),
+        ]
         rates = [RUNS[1][1] * 0.99**step, RUNS[2][1] * 0.99**step, RUNS[3][1] * 0.99 ** (step - 10)]
         engine.step(pack(table, batches, F64), rates)
     for row, i, steps in ((0, 1, 20), (1, 2, 20), (2, 3, 10)):

@@ -1,6 +1,6 @@
 """Imports run one way: the house's plan, held.
 
-    pytest tests/test_layers.py
+pytest tests/test_layers.py
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """`fwlora.attach` against an unfrozen twin, a naive oracle, and everything that wraps an optimizer.
 
-    pytest tests/test_method.py
+pytest tests/test_method.py
 """
 
 from __future__ import annotations
@@ -108,9 +108,7 @@ def test_per_example_is_the_sum_over_single_examples():
     ((x, y),) = batches(1)
     want = dict.fromkeys(layers(model), 0.0)
     for i in range(len(x)):
-        grads = frozen_gradients(
-            model, lambda m, i=i: cross_entropy(m(x[i : i + 1]), y[i : i + 1]) / len(x)
-        )
+        grads = frozen_gradients(model, lambda m, i=i: cross_entropy(m(x[i : i + 1]), y[i : i + 1]) / len(x))
         for n, g in grads.items():
             want[n] += float(g.square().sum())
     handle = train(model, [(x, y)], FWLoraConfig(warmup=2, ema=0.0, estimator="per_example"))
@@ -384,11 +382,8 @@ def test_two_active_adapters_share_the_weight_of_their_matrix():
     assert handle.names == ["first", "second"]
     first = layers(model)["first"]
     want = sum(
-        0.5 * handle.weights()["first"] * float(first.get_delta_weight(a).square().sum())
-        for a in ("default", "other")
-    ) + 0.5 * handle.weights()["second"] * float(
-        layers(model)["second"].get_delta_weight("default").square().sum()
-    )
+        0.5 * handle.weights()["first"] * float(first.get_delta_weight(a).square().sum()) for a in ("default", "other")
+    ) + 0.5 * handle.weights()["second"] * float(layers(model)["second"].get_delta_weight("default").square().sum())
     assert float(handle.penalty()) == pytest.approx(want, rel=1e-9)
 
 
@@ -593,6 +588,7 @@ def test_detach_leaves_nothing_behind():
 
 # What is refused, and how
 
+
 def error(call, match):
     with pytest.raises(ValueError, match=match):
         call()
@@ -626,7 +622,10 @@ def test_refuses_adalora():
     from peft import AdaLoraConfig
 
     config = AdaLoraConfig(target_modules=["first"], total_step=10, init_r=3, target_r=2)
-    error(lambda: attach_to(get_peft_model(Net(), config)), "does not hold A and B as Linear.*LoraConfig")
+    error(
+        lambda: attach_to(get_peft_model(Net(), config)),
+        "does not hold A and B as Linear.*LoraConfig",
+    )
 
 
 def test_refuses_embeddings():
@@ -662,11 +661,17 @@ def test_refuses_zero_partitioned_parameters():
 def test_refuses_an_optimizer_without_adapters():
     model = net("linear")
     optimizer = torch.optim.AdamW([nn.Parameter(torch.ones(2))])
-    error(lambda: fwlora.attach(model, optimizer), "trains none of the 2 LoRA layers.*after get_peft_model")
+    error(
+        lambda: fwlora.attach(model, optimizer),
+        "trains none of the 2 LoRA layers.*after get_peft_model",
+    )
 
 
 def test_refuses_what_is_no_optimizer():
-    error(lambda: fwlora.attach(net("linear"), object()), "needs a torch.optim.Optimizer.*inner optimizer")
+    error(
+        lambda: fwlora.attach(net("linear"), object()),
+        "needs a torch.optim.Optimizer.*inner optimizer",
+    )
 
 
 def test_refuses_to_attach_twice():
@@ -714,7 +719,10 @@ def test_refuses_the_adapter_estimator_with_b_frozen():
     for n, p in model.named_parameters():
         if "lora_B" in n:
             p.requires_grad_(False)
-    error(lambda: attach_to(model, FWLoraConfig(estimator="adapter")), "gradient of B, which is frozen.*sketch")
+    error(
+        lambda: attach_to(model, FWLoraConfig(estimator="adapter")),
+        "gradient of B, which is frozen.*sketch",
+    )
 
 
 @pytest.mark.parametrize(
@@ -746,6 +754,12 @@ def test_importance_before_the_first_step_is_said():
 
 def test_defaults_are_the_request():
     c = FWLoraConfig()
-    assert (c.warmup, c.ema, c.estimator, c.weighting, c.shrinkage) == (500, 0.98, "exact", "share", 1e-4)
+    assert (c.warmup, c.ema, c.estimator, c.weighting, c.shrinkage) == (
+        500,
+        0.98,
+        "exact",
+        "share",
+        1e-4,
+    )
     assert (c.coupling, c.norm, c.averaging, c.every) == ("loss", "update", "raw", 1)
     assert D_IN != HIDDEN, "matrices of different shapes, or a swapped transpose would pass"

@@ -260,6 +260,7 @@ def test_adalora_has_the_budget_the_schedule_and_the_scale(
     assert ranks[5] == 20 and ranks[24:] == [12] * 26, (
         "1.25 ranks for each of 10 matrices, rounded down"
     )
+    assert ranks[6] == 12 + int(8 * (18 / 19) ** 3), "the cubic schedule begins at once"
     assert all(a >= b for a, b in zip(ranks[5:], ranks[6:], strict=False))
     parameters = arm.parameters()
     assert parameters.adapters_trained == 2 * (UNIT + 10)

@@ -1,6 +1,6 @@
 """The tests of the method fail where its code is wrong: each slip is made on purpose, and must be caught.
 
-    pytest tests/test_mutations.py
+pytest tests/test_mutations.py
 """
 
 from __future__ import annotations

@@ -26,9 +26,7 @@ from fwlora_lab.errors import UserError
 from fwlora_lab.runconfig import DatasetConfig
 from fwlora_lab.tasks import GLUE, Examples, collate, epoch_batches, load_task, score, tokenize
 
-REAL_GLUE = Path(
-    os.environ.get("FWLORA_GLUE", Path(__file__).resolve().parents[1] / ".." / "shared" / "glue")
-)
+REAL_GLUE = Path(os.environ.get("FWLORA_GLUE", Path(__file__).resolve().parents[1] / ".." / "shared" / "glue"))
 needs_glue = pytest.mark.skipif(
     not (REAL_GLUE / "CoLA" / "train.tsv").is_file(),
     reason="GLUE's files are not here: set FWLORA_GLUE to the folder that holds CoLA/ and SST-2/",
@@ -76,13 +74,11 @@ FILES: dict[str, tuple[str, str, list[tuple[Any, float]]]] = {
         "index\tsentence1\tsentence2\tlabel1\tgold_label\n0\tHe ran.\tHe moved.\tentailment\t"
         "entailment\n1\tHe ran.\tHe slept.\tneutral\tcontradiction\n2\tHe ran.\tFar.\tneutral\t"
         "neutral\n",
-        "index\tsentence1\tsentence2\tlabel1\tlabel2\tgold_label\n"
-        "0\tIt is.\tIt was.\tneutral\tneutral\tneutral\n",
+        "index\tsentence1\tsentence2\tlabel1\tlabel2\tgold_label\n0\tIt is.\tIt was.\tneutral\tneutral\tneutral\n",
         [(("He ran.", "He moved."), 0), (("He ran.", "He slept."), 2), (("He ran.", "Far."), 1)],
     ),
     "qnli": (
-        "index\tquestion\tsentence\tlabel\n0\tWho?\tHe did.\tentailment\n"
-        "1\tWho?\tSo.\tnot_entailment\n",
+        "index\tquestion\tsentence\tlabel\n0\tWho?\tHe did.\tentailment\n1\tWho?\tSo.\tnot_entailment\n",
         "index\tquestion\tsentence\tlabel\n0\tWhen?\tSoon.\tentailment\n",
         [(("Who?", "He did."), 0), (("Who?", "So."), 1)],
     ),
@@ -93,8 +89,7 @@ FILES: dict[str, tuple[str, str, list[tuple[Any, float]]]] = {
         [(("It rains.", "It is wet."), 0), (("It rains.", "It is dry."), 1)],
     ),
     "wnli": (
-        "index\tsentence1\tsentence2\tlabel\n0\tHe saw it.\tHe saw rain.\t1\n"
-        "1\tHe saw it.\tHe saw.\t0",
+        "index\tsentence1\tsentence2\tlabel\n0\tHe saw it.\tHe saw rain.\t1\n1\tHe saw it.\tHe saw.\t0",
         "index\tsentence1\tsentence2\tlabel\n0\tOne.\tTwo.\t1\n",
         [(("He saw it.", "He saw rain."), 1), (("He saw it.", "He saw."), 0)],
     ),
@@ -234,9 +229,7 @@ def fake_datasets(monkeypatch: pytest.MonkeyPatch, load: Any) -> None:
     "error",
     [ConnectionError("no network"), FileNotFoundError(""), ValueError("offline\nmode"), OSError()],
 )
-def test_every_failure_of_the_hub_names_the_cures(
-    monkeypatch: pytest.MonkeyPatch, error: Exception
-) -> None:
+def test_every_failure_of_the_hub_names_the_cures(monkeypatch: pytest.MonkeyPatch, error: Exception) -> None:
     def load(*_: Any, **__: Any) -> Any:
         raise error
 
@@ -719,9 +712,7 @@ def test_epoch_batches() -> None:
     same = epoch_batches(103, 20, seed=3, epoch=1)
     assert all(torch.equal(a, b) for a, b in zip(batches, same, strict=True))
     # Neither the batch size nor earlier draws change the order, seed and epoch are not one number.
-    orders = {
-        tuple(torch.cat(epoch_batches(103, 20, s, e)).tolist()) for s, e in ((3, 1), (1, 3), (3, 2))
-    }
+    orders = {tuple(torch.cat(epoch_batches(103, 20, s, e)).tolist()) for s, e in ((3, 1), (1, 3), (3, 2))}
     assert len(orders) == 3
     assert torch.equal(torch.cat(batches), torch.cat(epoch_batches(103, 7, 3, 1)))
     assert epoch_batches(0, 4, 0, 0) == []
@@ -758,9 +749,7 @@ PREDICTED = [1, 1, 1, 1, 0, 0, 0, 0, 0, 0]
 def test_scores_worked_out_by_hand() -> None:
     logits = logits_of(PREDICTED)
     matthews = (3 * 4 - 1 * 2) / math.sqrt((3 + 1) * (3 + 2) * (4 + 1) * (4 + 2))
-    assert score(GLUE["cola"].spec, logits, LABELS) == {
-        "matthews_correlation": pytest.approx(matthews)
-    }
+    assert score(GLUE["cola"].spec, logits, LABELS) == {"matthews_correlation": pytest.approx(matthews)}
     assert score(GLUE["sst2"].spec, logits, LABELS) == {"accuracy": pytest.approx(0.7)}
     both = score(GLUE["mrpc"].spec, logits, LABELS)
     assert list(both) == ["f1", "accuracy"]

@@ -1,6 +1,6 @@
 """The pure tensor functions against values worked out by hand and against autograd.
 
-    pytest tests/test_tensor_functions.py
+pytest tests/test_tensor_functions.py
 """
 
 import pytest
@@ -44,9 +44,7 @@ def test_sketch_is_unbiased_and_fresh():
     want = float(fisher.weight_gradient(g, x).square().sum())
     got = []
     for step in range(4000):
-        probe = fisher.gaussian_probe(
-            9, 4, seed=1, step=step, device=torch.device("cpu"), dtype=F64
-        )
+        probe = fisher.gaussian_probe(9, 4, seed=1, step=step, device=torch.device("cpu"), dtype=F64)
         got.append(float(fisher.sketched_gradient(g, x, probe).square().sum()) / 4)
     mean = sum(got) / len(got)
     spread = (sum((v - mean) ** 2 for v in got) / len(got)) ** 0.5
@@ -95,9 +93,7 @@ def test_half_precision_is_squared_in_fp32():
     assert torch.isfinite(fisher.per_example_energy(big, big))
 
 
-@pytest.mark.parametrize(
-    ("averaging", "want"), [("raw", [1.1, 1.9]), ("share", [0.975, 1.825])]
-)
+@pytest.mark.parametrize(("averaging", "want"), [("raw", [1.1, 1.9]), ("share", [0.975, 1.825])])
 def test_update_average_by_hand(averaging, want):
     start, step = torch.tensor([1.0, 2.0], dtype=F64), torch.tensor([2.0, 1.0], dtype=F64)
     step = step * torch.tensor([1.0, 1.0])
@@ -212,10 +208,7 @@ def test_penalty_over_mixed_shapes(norm):
     penalty = shrinkage.Penalty(pairs, norm)
     assert sorted(len(s.index) for s in penalty.stacks) == [1, 1, 2]
     coefficients = [c[s.index] for s in penalty.stacks]
-    terms = [
-        (b @ a).square().sum() if norm == "update" else a.square().sum() + b.square().sum()
-        for a, b in pairs
-    ]
+    terms = [(b @ a).square().sum() if norm == "update" else a.square().sum() + b.square().sum() for a, b in pairs]
     total = sum(ci * t for ci, t in zip(c, terms, strict=True))
     exact_close(penalty.value(coefficients), total.detach())
     want = torch.autograd.grad(total, [f for pair in pairs for f in pair])

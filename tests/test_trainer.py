@@ -1,6 +1,6 @@
 """The Hugging Face Trainer with FWLoraCallback trains what a plain loop trains, and resumes.
 
-    pytest tests/test_trainer.py
+pytest tests/test_trainer.py
 """
 
 from __future__ import annotations
@@ -30,9 +30,7 @@ def bert(seed: int = 0) -> nn.Module:
         attention_probs_dropout_prob=0.0,
     )
     model = BertForSequenceClassification(config)
-    return get_peft_model(
-        model, LoraConfig(r=2, target_modules=["query", "value"], task_type="SEQ_CLS")
-    )
+    return get_peft_model(model, LoraConfig(r=2, target_modules=["query", "value"], task_type="SEQ_CLS"))
 
 
 def rows(n: int = 4 * STEPS) -> list[dict]:
@@ -91,9 +89,7 @@ def test_trainer_equals_a_plain_loop(tmp_path):
     assert len(logged) >= STEPS - CONFIG.warmup and logged[-1]["fw_lora_penalty"] > 0
 
     plain = bert().train()
-    optimizer = torch.optim.AdamW(
-        [p for p in plain.parameters() if p.requires_grad], lr=1e-2, weight_decay=0.0
-    )
+    optimizer = torch.optim.AdamW([p for p in plain.parameters() if p.requires_grad], lr=1e-2, weight_decay=0.0)
     handle = fwlora.attach(plain, optimizer, CONFIG)
     data = rows()
     for i in range(STEPS):

@@ -100,9 +100,7 @@ def rank_pattern(matrices: Sequence[Matrix], budget: int) -> dict[str, int]:
     ValueError for a budget that buys no rank at all or one above min(d_in, d_out).
     """
     if not matrices:
-        raise ValueError(
-            "there is no matrix to give a rank to; check the names of the target modules"
-        )
+        raise ValueError("there is no matrix to give a rank to; check the names of the target modules")
     if len({m.name for m in matrices}) < len(matrices):
         raise ValueError("a matrix is listed twice; list each name once")
     for m in matrices:
@@ -112,8 +110,7 @@ def rank_pattern(matrices: Sequence[Matrix], budget: int) -> dict[str, int]:
     cheapest = min(m.cost for m in matrices)
     if budget < cheapest:
         raise ValueError(
-            f"a budget of {budget:,} parameters buys no adapter: "
-            f"rank 1 of the cheapest matrix costs {cheapest:,}"
+            f"a budget of {budget:,} parameters buys no adapter: rank 1 of the cheapest matrix costs {cheapest:,}"
         )
 
     total = sum(m.cost for m in matrices)
@@ -321,8 +318,7 @@ def _shape(name: str, module: nn.Module) -> tuple[int, int]:
         d_in, d_out = module.get_parameter("weight").shape  # GPT-2 stores it transposed
         return d_in, d_out
     raise ValueError(
-        f"{name} is a {type(module).__name__}, neither Linear nor Conv1D; "
-        f"name the Linear layers inside or beside it"
+        f"{name} is a {type(module).__name__}, neither Linear nor Conv1D; name the Linear layers inside or beside it"
     )
 
 

@@ -36,9 +36,7 @@ def _rows(t: Float[Tensor, "*batch d"]) -> Float[Tensor, "n d"]:
     return t.reshape(-1, t.shape[-1]).to(torch.promote_types(t.dtype, torch.float32))
 
 
-def weight_gradient(
-    g: Float[Tensor, "*batch d_out"], x: Float[Tensor, "*batch d_in"]
-) -> Float[Tensor, "d_out d_in"]:
+def weight_gradient(g: Float[Tensor, "*batch d_out"], x: Float[Tensor, "*batch d_in"]) -> Float[Tensor, "d_out d_in"]:
     """The gradient `GᵀX` that the frozen weight does not get, summed over all leading dimensions."""
     return _rows(g).T @ _rows(x)
 
@@ -52,9 +50,7 @@ def sketched_gradient(
     return _rows(g).T @ (_rows(x) @ probe)
 
 
-def per_example_energy(
-    g: Float[Tensor, "*batch d_out"], x: Float[Tensor, "*batch d_in"]
-) -> Float[Tensor, ""]:
+def per_example_energy(g: Float[Tensor, "*batch d_out"], x: Float[Tensor, "*batch d_in"]) -> Float[Tensor, ""]:
     """`Σ_i ‖G_iᵀX_i‖_F²` over the examples i (the first dimension), the loss scaled as it was in the batch.
 
     Through `‖GᵀX‖_F² = Σ_tu (GGᵀ ∘ XXᵀ)_tu`, so a sentence of T tokens costs T²·(d_in + d_out). Where the loss is
@@ -80,9 +76,7 @@ def gaussian_probe(
     return torch.randn(d_in, columns, generator=generator, device=device, dtype=dtype)
 
 
-def squared_norms(
-    statistics: Sequence[Tensor], loss_scale: Tensor | float = 1.0
-) -> Float[Tensor, " m"]:
+def squared_norms(statistics: Sequence[Tensor], loss_scale: Tensor | float = 1.0) -> Float[Tensor, " m"]:
     """`‖S_m‖_F²` of each statistic, after division by the factor by which a GradScaler enlarged the loss."""
     norms = torch._foreach_norm(list(statistics))
     return (torch.stack([n.to(norms[0].device) for n in norms]) / loss_scale).square()

@@ -80,9 +80,7 @@ class FWLoraConfig:
         }
         for name, allowed in choices.items():
             if getattr(self, name) not in allowed:
-                raise ValueError(
-                    f"FWLoraConfig.{name} = {getattr(self, name)!r}: must be one of {', '.join(allowed)}"
-                )
+                raise ValueError(f"FWLoraConfig.{name} = {getattr(self, name)!r}: must be one of {', '.join(allowed)}")
         fraction = isinstance(self.warmup, float)
         ranges = {
             "warmup": (
@@ -388,16 +386,13 @@ class FisherWeightedLoRA:
     def _reduced(self) -> list[Tensor]:
         """Each target's statistic of the step; the mean gradient's over the processes of a DDP run."""
         statistics = [
-            s if s is not None else self._silent(t)
-            for s, t in zip(self._statistics, self.targets, strict=True)
+            s if s is not None else self._silent(t) for s, t in zip(self._statistics, self.targets, strict=True)
         ]
         if self._group is not None:
             # The loss of the step is the mean over processes: gradients are averaged, energies by the square.
             world = dist.get_world_size(self._group)
             share = world**2 if self.config.estimator == "per_example" else world
-            works = [
-                dist.all_reduce(s, group=self._group, async_op=True) for s in statistics
-            ]
+            works = [dist.all_reduce(s, group=self._group, async_op=True) for s in statistics]
             for work in works:
                 work.wait()  # type: ignore[union-attr]
             torch._foreach_div_(statistics, float(share))

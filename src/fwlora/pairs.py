@@ -61,11 +61,7 @@ def find_targets(model: nn.Module) -> list[Target]:
         if not isinstance(layer, LoraLayer):
             continue
         seen_layer = True
-        pairs = tuple(
-            _pair(name, layer, adapter)
-            for adapter in layer.active_adapters
-            if _trainable(layer, adapter)
-        )
+        pairs = tuple(_pair(name, layer, adapter) for adapter in layer.active_adapters if _trainable(layer, adapter))
         if pairs:
             targets.append(Target(_bare(name), layer, pairs))
     if targets:
@@ -90,12 +86,7 @@ def _bare(name: str) -> str:
 
 def _trainable(layer: LoraLayer, adapter: str) -> bool:
     holders = (layer.lora_A, layer.lora_B, layer.lora_embedding_A, layer.lora_embedding_B)
-    return any(
-        p.requires_grad
-        for holder in holders
-        if adapter in holder
-        for p in _parameters(holder[adapter])
-    )
+    return any(p.requires_grad for holder in holders if adapter in holder for p in _parameters(holder[adapter]))
 
 
 def _parameters(item: nn.Module | nn.Parameter) -> list[nn.Parameter]:

@@ -24,9 +24,7 @@ if TYPE_CHECKING:
 NORMS = ("update", "factors")
 
 
-def update_norms(
-    a: Float[Tensor, "n r d_in"], b: Float[Tensor, "n d_out r"]
-) -> Float[Tensor, " n"]:
+def update_norms(a: Float[Tensor, "n r d_in"], b: Float[Tensor, "n d_out r"]) -> Float[Tensor, " n"]:
     """`‖BA‖_F²` of each pair of a stack."""
     return ((b.mT @ b) * (a @ a.mT)).sum((-2, -1))
 
@@ -39,9 +37,7 @@ def update_gradients(
     return ((b.mT @ b) * twice) @ a, b @ ((a @ a.mT) * twice)
 
 
-def factor_norms(
-    a: Float[Tensor, "n r d_in"], b: Float[Tensor, "n d_out r"]
-) -> Float[Tensor, " n"]:
+def factor_norms(a: Float[Tensor, "n r d_in"], b: Float[Tensor, "n d_out r"]) -> Float[Tensor, " n"]:
     """`‖A‖_F² + ‖B‖_F²` of each pair, what the request's code penalises.
 
     Its minimum over all factors of one product is twice the nuclear norm of BA, so it prefers low rank, where

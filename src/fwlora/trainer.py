@@ -29,9 +29,7 @@ class FWLoraCallback(TrainerCallback):
     ) -> None:
         if self.handle is not None:
             self.handle.detach()
-        self.handle = attach(
-            kwargs["model"], kwargs["optimizer"], self.config, total_steps=state.max_steps
-        )
+        self.handle = attach(kwargs["model"], kwargs["optimizer"], self.config, total_steps=state.max_steps)
         if state.global_step > 0:
             saved = self._checkpoint(args, state) / _STATE
             if not saved.exists():
@@ -41,9 +39,7 @@ class FWLoraCallback(TrainerCallback):
                 )
             self.handle.load_state_dict(torch.load(saved, map_location="cpu", weights_only=True))
 
-    def on_save(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         if self.handle is not None and state.is_world_process_zero:
             torch.save(self.handle.state_dict(), self._checkpoint(args, state) / _STATE)
 

@@ -155,9 +155,7 @@ def _train(options: argparse.Namespace) -> int:
 
     run, seeds, again, overrides = _split_words(options.words)
     configs = expand_runs(run, overrides, multirun=options.multirun, config_dir=options.config_dir)
-    return _train_and_tell(
-        [Planned(cfg, s) for cfg in configs for s in (seeds or [cfg.training.seed])], again
-    )
+    return _train_and_tell([Planned(cfg, s) for cfg in configs for s in (seeds or [cfg.training.seed])], again)
 
 
 def _train_and_tell(runs: Sequence[Planned], again: bool) -> int:

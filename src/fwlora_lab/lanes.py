@@ -265,7 +265,10 @@ class Lanes:
         """A [r, d_in] and B [d_out, r] by target, cut to the lane's own ranks; targets of rank 0 are left out."""
         ranks = self.lanes[lane].settings.ranks
         return {
-            name: (a[lane, : ranks[name]].detach().clone(), b[lane, :, : ranks[name]].detach().clone())
+            name: (
+                a[lane, : ranks[name]].detach().clone(),
+                b[lane, :, : ranks[name]].detach().clone(),
+            )
             for name, (a, b) in self.factors.items()
             if ranks.get(name)
         }
@@ -317,10 +320,15 @@ class Lanes:
         whole = self.present == list(range(len(self.lanes)))
         self.chosen = None if whole else torch.tensor(self.present, device=self.device)
         self.scales = torch.tensor(
-            [self.lanes[e].settings.scale for e in self.present], dtype=self.dtype, device=self.device
+            [self.lanes[e].settings.scale for e in self.present],
+            dtype=self.dtype,
+            device=self.device,
         )[:, None, None]
         self._packed = packed
-        inputs = {"input_ids": packed.tokens, "position_ids": packed.positions + self._position_offset}
+        inputs = {
+            "input_ids": packed.tokens,
+            "position_ids": packed.positions + self._position_offset,
+        }
         if packed.types is not None:
             inputs["token_type_ids"] = packed.types
         hidden = self.encoder(**inputs, packed=packed, drop=self._attention_mask).last_hidden_state
@@ -366,9 +374,7 @@ class Lanes:
         limits = [lane.settings.max_grad_norm for lane in self.lanes]
         if all(limit is None for limit in limits):
             return
-        limit = torch.tensor(
-            [float("inf") if v is None else v for v in limits], dtype=self.dtype, device=self.device
-        )
+        limit = torch.tensor([float("inf") if v is None else v for v in limits], dtype=self.dtype, device=self.device)
         norms = torch.linalg.vector_norm(self.grads, dim=1)
         # As torch.nn.utils.clip_grad_norm_ does it; a norm that is not finite must not hide behind the limit.
         self.grads.mul_((limit / (norms + 1e-6)).clamp(max=1.0)[:, None])
@@ -466,9 +472,7 @@ class Lanes:
             assert fw is not None
             own = torch.tensor([bool(self.lanes[e].settings.ranks.get(n)) for n in self.targets])
             step = torch.where(own.to(energies.device), energies[row], 0.0)
-            self.fisher[e], counted = estimators.update_average(
-                self.fisher[e], step, fw.ema, fw.averaging
-            )
+            self.fisher[e], counted = estimators.update_average(self.fisher[e], step, fw.ema, fw.averaging)
             self.lanes[e].skipped += int(~counted)
 
     def _freeze(self, e: int) -> None:
@@ -486,9 +490,7 @@ class Lanes:
             seed=fw.seed,
         )
         square = settings.scale**2 if fw.norm == "update" else 1.0
-        self.coefficients[("update", "factors").index(fw.norm), e, own] = (
-            fw.shrinkage * square * weights
-        )
+        self.coefficients[("update", "factors").index(fw.norm), e, own] = fw.shrinkage * square * weights
 
     def _shrink(self, lr: Tensor) -> None:
         """Adds the penalty's gradient to the gradients, or takes it off the values at the learning rate."""
@@ -522,9 +524,7 @@ class Lanes:
     def fisher_of(self, lane: int) -> dict[str, float]:
         """F_m by target."""
         ranks = self.lanes[lane].settings.ranks
-        return {
-            n: f for n, f in zip(self.targets, self.fisher[lane].tolist(), strict=True) if ranks.get(n)
-        }
+        return {n: f for n, f in zip(self.targets, self.fisher[lane].tolist(), strict=True) if ranks.get(n)}
 
     def penalties(self) -> Tensor:
         """The value of each lane's penalty [E]; 0 before its weights are frozen."""

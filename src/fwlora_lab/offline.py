@@ -96,9 +96,7 @@ TEXTS = _nouns("letter book story poem report song article message essay diary")
 FOODS = _nouns("cake apple sandwich egg orange pie carrot potato/potatoes cookie pizza onion pear")
 CLOSABLES = _nouns("door window box bag drawer gate bottle envelope suitcase cupboard")
 MACHINES = _nouns("car bicycle lamp clock radio machine computer engine camera boat truck piano")
-OBJECTS = _nouns(
-    "ring key coin hat coat umbrella picture basket knife/knives mirror map ball glove"
-)
+OBJECTS = _nouns("ring key coin hat coat umbrella picture basket knife/knives mirror map ball glove")
 
 # These may stand without a determiner: foods as masses, relatives as if they had that name.
 BARE = {
@@ -152,9 +150,7 @@ ACTIONS: list[tuple[list[Verb], list[Noun]]] = [
         PEOPLE,
     ),
     (
-        _verbs(
-            "feed/feeds/fed/fed/feeding wash chase watch brush/brushes/brushed/brushed/brushing"
-        ),
+        _verbs("feed/feeds/fed/fed/feeding wash chase watch brush/brushes/brushed/brushed/brushing"),
         ANIMALS,
     ),
 ]
@@ -194,8 +190,7 @@ ADJECTIVES = (
     "tired hungry happy lonely polite careful modest"
 ).split()
 THING_ADJECTIVES = (
-    "old new small large heavy cheap expensive beautiful dirty strange modern broken wooden red "
-    "green black white empty"
+    "old new small large heavy cheap expensive beautiful dirty strange modern broken wooden red green black white empty"
 ).split()
 STATES = "tired hungry happy angry sick busy late ready afraid bored thirsty nervous".split()
 COMPARATIVES = [
@@ -259,9 +254,7 @@ def _determined(determiner: str, rest: str) -> str:
     return _with_article(rest) if determiner == "a" else f"{determiner} {rest}"
 
 
-def noun_phrase(
-    dice: Dice, nouns: Sequence[Noun], adjectives: Sequence[str], plural: bool | None = None
-) -> Phrase:
+def noun_phrase(dice: Dice, nouns: Sequence[Noun], adjectives: Sequence[str], plural: bool | None = None) -> Phrase:
     plural = dice.chance(0.4) if plural is None else plural
     noun = dice.pick(nouns)
     word, other = (noun.many, noun.one) if plural else (noun.one, noun.many)
@@ -334,9 +327,7 @@ class Draft:
     broken_phrases: dict[str, str] = field(default_factory=dict)
 
 
-def _draft(
-    pattern: str, phrases: dict[str, Phrase], broken: dict[str, str], mark: str = "."
-) -> Draft:
+def _draft(pattern: str, phrases: dict[str, Phrase], broken: dict[str, str], mark: str = ".") -> Draft:
     """Fill {S}, {O}, ... of the patterns, and add the sentences with one phrase itself broken."""
     right = {name: phrase.words for name, phrase in phrases.items()}
     forms = {kind: form.format(**right) for kind, form in broken.items()}
@@ -560,9 +551,7 @@ def reflexive(dice: Dice) -> Draft:
         "missing verb": f"{{S}} {right} {when}",
     }
     if s.words.split()[0] not in ("every", "each"):  # these go with "themselves" as well
-        broken["reflexive number"] = (
-            f"{{S}} {past} {'herself' if s.plural else 'themselves'} {when}"
-        )
+        broken["reflexive number"] = f"{{S}} {past} {'herself' if s.plural else 'themselves'} {when}"
     return _draft(f"{{S}} {past} {right} {when}", {"S": s}, broken)
 
 
@@ -654,9 +643,7 @@ def giving(dice: Dice) -> Draft:
         }
         return _draft(f"{{S}} {past} {{O}} to {{R}}", phrases, broken)
     phrases = {"S": s, "O": thing(dice, dice.pick([TEXTS, FOODS, OBJECTS])), "R": r}
-    past, ing = dice.pick(
-        [("gave", "giving"), ("sent", "sending"), ("showed", "showing"), ("handed", "handing")]
-    )
+    past, ing = dice.pick([("gave", "giving"), ("sent", "sending"), ("showed", "showing"), ("handed", "handing")])
     broken = {
         "verb form": f"{{S}} {ing} {{R}} {{O}}",
         "needless preposition": f"{{S}} {past} {{R}} of {{O}}",
@@ -721,9 +708,7 @@ TEMPLATES: tuple[Callable[[Dice], Draft], ...] = (
 
 
 # Words that never stand twice in a row; "very very old" and "her her" may.
-NEVER_TWICE = set(
-    "the a an my his our their is are was were has does did to of in by than will who near".split()
-)
+NEVER_TWICE = set("the a an my his our their is are was were has does did to of in by than will who near".split())
 
 
 def _doubled(dice: Dice, words: str) -> str | None:

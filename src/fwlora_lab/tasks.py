@@ -166,9 +166,7 @@ GLUE: dict[str, _Glue] = {
             label="gold_label",
             values=_NLI,
         ),
-        _glue(
-            "qnli", _ENTAILMENT, ("accuracy",), "QNLI", ("question", "sentence"), values=_ENTAILMENT
-        ),
+        _glue("qnli", _ENTAILMENT, ("accuracy",), "QNLI", ("question", "sentence"), values=_ENTAILMENT),
         _glue("rte", _ENTAILMENT, ("accuracy",), "RTE", _PAIR, values=_ENTAILMENT),
         _glue("wnli", ("not_entailment", "entailment"), ("accuracy",), "WNLI", _PAIR),
     )
@@ -269,9 +267,7 @@ def _load_offline(cfg: DatasetConfig) -> tuple[TaskSpec, Examples, Examples, str
             f"these roles, not {cfg.split!r} and {cfg.eval_split!r}"
         )
     rows = offline.sentences(cfg.seed, OFFLINE_TRAIN + OFFLINE_DEV)
-    both = Examples(
-        tuple(text for text, _ in rows), np.array([label for _, label in rows], dtype=np.int64)
-    )
+    both = Examples(tuple(text for text, _ in rows), np.array([label for _, label in rows], dtype=np.int64))
     train, dev = np.split(np.arange(len(both)), [OFFLINE_TRAIN])
     source = f"offline grammar (synthetic sentences), seed {cfg.seed}"
     return _OFFLINE, both.take(train), both.take(dev), source
@@ -284,8 +280,7 @@ def _load_glue(cfg: DatasetConfig) -> tuple[TaskSpec, Examples, Examples, str]:
     task = GLUE.get(cfg.subset or "")
     if task is None:
         raise UserError(
-            f"dataset.subset: GLUE has no task {cfg.subset!r}{_hint(cfg.subset or '', GLUE)}; "
-            f"it has {', '.join(GLUE)}"
+            f"dataset.subset: GLUE has no task {cfg.subset!r}{_hint(cfg.subset or '', GLUE)}; it has {', '.join(GLUE)}"
         )
     splits = (
         _glue_split(task, "split", cfg.split),
@@ -321,9 +316,7 @@ def _glue_split(task: _Glue, key: str, name: str) -> str:
 def _glue_folder(task: _Glue, root: str) -> Path:
     base = Path(root).expanduser()
     if not base.is_dir():
-        raise UserError(
-            f"dataset.root: {root} is not a folder; give the one that holds {task.folder}/"
-        )
+        raise UserError(f"dataset.root: {root} is not a folder; give the one that holds {task.folder}/")
     folder = base / task.folder
     if not folder.is_dir():
         inside = sorted(p.name for p in base.iterdir())
@@ -374,9 +367,7 @@ def _read_tsv(task: _Glue, path: Path) -> Examples:
             labels.append(numbers[label])
         else:
             allowed = ", ".join(task.values)
-            _refuse(
-                path, number, task.label, f"the label is {label!r}; it must be one of {allowed}"
-            )
+            _refuse(path, number, task.label, f"the label is {label!r}; it must be one of {allowed}")
     if not texts:
         _refuse_file(path, f"no row has the {len(header)} columns that its header names")
     return Examples(tuple(texts), _label_array(task.spec, labels))
@@ -396,9 +387,7 @@ def _label_array(spec: TaskSpec, labels: Sequence[float]) -> np.ndarray:
     return np.array(labels, dtype=np.float32 if spec.kind == "regression" else np.int64)
 
 
-def _from_hub(
-    task: _Glue, splits: tuple[str, str], revision: str | None
-) -> tuple[Examples, Examples]:
+def _from_hub(task: _Glue, splits: tuple[str, str], revision: str | None) -> tuple[Examples, Examples]:
     commit = revision or GLUE_REVISION
     try:
         # Imported here: it is slow to import and only this path needs it.
@@ -468,9 +457,7 @@ def _load_files(cfg: DatasetConfig) -> tuple[TaskSpec, Examples, Examples, str]:
         primary="accuracy",
     )
     numbers = {value: i for i, value in enumerate(classes)}
-    train, dev = (
-        _examples(path, part, label, numbers) for path, part in zip(paths, rows, strict=True)
-    )
+    train, dev = (_examples(path, part, label, numbers) for path, part in zip(paths, rows, strict=True))
     return spec, train, dev, f"{cfg.name} files {paths[0]} and {paths[1]}"
 
 
@@ -544,9 +531,7 @@ def _read_csv(path: Path, text: tuple[str, ...], label: str) -> list[_Row]:
             *fields, value = (cells[c] for c in columns)
             value = value.strip()
             if value in ("", "nan", "NaN"):
-                _refuse(
-                    path, reader.line_num, label, "the label is missing; fill it or drop the row"
-                )
+                _refuse(path, reader.line_num, label, "the label is missing; fill it or drop the row")
             rows.append(_row(path, reader.line_num, text, fields, value))
     except csv.Error as error:
         _refuse(
@@ -607,9 +592,7 @@ def _no_constant(name: str) -> NoReturn:
     raise ValueError(f"{name} is not a JSON number")
 
 
-def _row(
-    path: Path, number: int, names: tuple[str, ...], fields: Sequence[str], label: str | int
-) -> _Row:
+def _row(path: Path, number: int, names: tuple[str, ...], fields: Sequence[str], label: str | int) -> _Row:
     texts = tuple(field.strip() for field in fields)
     for name, field in zip(names, texts, strict=True):
         if not field:
@@ -640,9 +623,7 @@ def _read_text(path: Path) -> str:
         text = data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         line = data[: error.start].count(b"\n") + 1
-        _refuse(
-            path, line, None, f"the byte 0x{data[error.start]:02x} is no UTF-8; save it as UTF-8"
-        )
+        _refuse(path, line, None, f"the byte 0x{data[error.start]:02x} is no UTF-8; save it as UTF-8")
     if "\0" in text:
         line = text[: text.index("\0")].count("\n") + 1
         _refuse(path, line, None, "it holds a null byte, so it is no text file; save it as UTF-8")
@@ -699,9 +680,7 @@ class TokenTable:
         return self.offsets.diff()
 
 
-def tokenize(
-    examples: Examples, tokenizer: PreTrainedTokenizerBase, max_length: int, truncation: bool
-) -> TokenTable:
+def tokenize(examples: Examples, tokenizer: PreTrainedTokenizerBase, max_length: int, truncation: bool) -> TokenTable:
     """Token ids of every example, special tokens in, at most `max_length` each.
 
     Raises UserError if an example is longer and `truncation` is off.
@@ -743,9 +722,7 @@ def tokenize(
         )
     return TokenTable(
         tokens=torch.from_numpy(np.concatenate([np.zeros(0, np.int32), *tokens])),
-        types=torch.from_numpy(np.concatenate([np.zeros(0, np.int8), *types]))
-        if with_types
-        else None,
+        types=torch.from_numpy(np.concatenate([np.zeros(0, np.int8), *types])) if with_types else None,
         offsets=torch.from_numpy(sizes.cumsum()),
         labels=torch.from_numpy(examples.labels.copy()),
     )
