@@ -177,8 +177,7 @@ class _Handler(BaseHTTPRequestHandler):
         entries = [
             entry
             for entry in _entries(repository)
-            if entry["path"].startswith(inside)
-            and (recursive or "/" not in entry["path"][len(inside) :])
+            if entry["path"].startswith(inside) and (recursive or "/" not in entry["path"][len(inside) :])
         ]
         if not entries:
             return self._error(404, "EntryNotFound", "No such folder", repository)
@@ -217,9 +216,7 @@ class _Handler(BaseHTTPRequestHandler):
         headers = {"Content-Type": "application/json", "X-Repo-Commit": repository.commit}
         self._send(200, json.dumps(value).encode(), headers)
 
-    def _error(
-        self, status: int, code: str, message: str, repository: Repository | None = None
-    ) -> None:
+    def _error(self, status: int, code: str, message: str, repository: Repository | None = None) -> None:
         headers = {"X-Error-Code": code, "X-Error-Message": message}
         if repository is not None:
             headers["X-Repo-Commit"] = repository.commit
@@ -246,9 +243,7 @@ def _blob_id(content: bytes) -> str:
 
 def _entries(repository: Repository) -> list[dict]:
     folders = {
-        "/".join(name.split("/")[:depth])
-        for name in repository.files
-        for depth in range(1, name.count("/") + 1)
+        "/".join(name.split("/")[:depth]) for name in repository.files for depth in range(1, name.count("/") + 1)
     }
     entries = [
         {

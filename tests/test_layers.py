@@ -24,6 +24,8 @@ LAB = [
     "backbones",
     "doctor",
     "records",
+    "packing",
+    "lanes",
     "methods",
     "train",
     "progress",

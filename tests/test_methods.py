@@ -65,26 +65,16 @@ def train(arm: Arm, steps: int) -> None:
 
 
 def tensors(arm: Arm, part: str) -> dict[str, Tensor]:
-    return {
-        n: p.detach().clone()
-        for n, p in arm.model.named_parameters()
-        if part in n and p.requires_grad
-    }
+    return {n: p.detach().clone() for n, p in arm.model.named_parameters() if part in n and p.requires_grad}
 
 
 def test_seeds_of_different_uses_differ_and_stay() -> None:
-    uses = [
-        derive(seed, purpose)
-        for seed in (0, 1, 2)
-        for purpose in ("head", "adapters", "dropout", "order")
-    ]
+    uses = [derive(seed, purpose) for seed in (0, 1, 2) for purpose in ("head", "adapters", "dropout", "order")]
     assert len(set(uses)) == len(uses) and all(0 <= u < 2**63 for u in uses)
     assert derive(0, "head") == 51187490648214554, "a change here makes old and new runs differ"
 
 
-def test_all_arms_start_from_one_head_and_lora_arms_from_one_a(
-    world: World, backbone: Backbone
-) -> None:
+def test_all_arms_start_from_one_head_and_lora_arms_from_one_a(world: World, backbone: Backbone) -> None:
     arms = {}
     for method in METHODS:
         torch.manual_seed(len(method))  # whatever was drawn before
@@ -93,18 +83,14 @@ def test_all_arms_start_from_one_head_and_lora_arms_from_one_a(
     assert len(heads["lora"]) == 4
     for method in METHODS[1:]:
         torch.testing.assert_close(heads[method], heads["lora"], rtol=0, atol=0)
-    torch.testing.assert_close(
-        tensors(arms["fw_lora"], "lora_A"), tensors(arms["lora"], "lora_A"), rtol=0, atol=0
-    )
+    torch.testing.assert_close(tensors(arms["fw_lora"], "lora_A"), tensors(arms["lora"], "lora_A"), rtol=0, atol=0)
     other = build(world.config("lora"), backbone, seed=2)
     for part in ("lora_A", "classifier"):
         first = next(iter(tensors(arms["lora"], part).values()))
         assert not torch.equal(first, next(iter(tensors(other, part).values())))
 
 
-def test_rank_wins_over_the_budget_and_says_the_true_percentage(
-    world: World, backbone: Backbone
-) -> None:
+def test_rank_wins_over_the_budget_and_says_the_true_percentage(world: World, backbone: Backbone) -> None:
     cfg = world.config(model__parameter_budget_percent=0.5)
     plan = plan_adapters(cfg, backbone, 20)
     assert set(plan.pattern.values()) == {2} and len(plan.pattern) == 10 and plan.scale == 2.0
@@ -143,17 +129,13 @@ def test_a_budget_becomes_ranks_at_one_scale(world: World, backbone: Backbone, m
 
 def test_a_budget_for_nothing_is_refused(world: World, backbone: Backbone) -> None:
     percent = 100 * 20 / backbone.parameters
-    cfg = world.config(
-        model__parameter_budget_percent=percent, model__lora__rank=None, model__lora__alpha=None
-    )
+    cfg = world.config(model__parameter_budget_percent=percent, model__lora__rank=None, model__lora__alpha=None)
     with pytest.raises(UserError, match=r"model\.parameter_budget_percent=.*buys no adapter"):
         plan_adapters(cfg, backbone, 20)
 
 
 def test_matrices_decay_and_vectors_do_not(world: World, backbone: Backbone) -> None:
-    arm = build(
-        world.config(training__weight_decay=0.3, training__warmup_ratio=0.1), backbone, steps=100
-    )
+    arm = build(world.config(training__weight_decay=0.3, training__warmup_ratio=0.1), backbone, steps=100)
     decayed, plain = arm.optimizer.param_groups
     assert (decayed["weight_decay"], plain["weight_decay"]) == (0.3, 0.0)
     names = {id(p): n for n, p in arm.model.named_parameters()}
@@ -190,9 +172,7 @@ def test_every_setting_reaches_the_method() -> None:
     for key, value in changed.items():
         assert getattr(config, own.get(key, key)) == value
     assert config.seed == 5
-    assert {own.get(k, k) for k in changed} | {"seed"} == {
-        f.name for f in fields(fwlora.FWLoraConfig)
-    }
+    assert {own.get(k, k) for k in changed} | {"seed"} == {f.name for f in fields(fwlora.FWLoraConfig)}
     assert fw_config(FWLoraSettings(), 0) == fwlora.FWLoraConfig()
 
 
@@ -216,9 +196,7 @@ def test_fw_lora_watches_and_then_shrinks(world: World, backbone: Backbone) -> N
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_the_update_norm_is_that_of_the_product(
-    world: World, backbone: Backbone, method: str
-) -> None:
+def test_the_update_norm_is_that_of_the_product(world: World, backbone: Backbone, method: str) -> None:
     arm = build(world.config(method), backbone)
     train(arm, 8)
     got = {row.name: row.delta_norm for row in arm.report()}
@@ -231,14 +209,10 @@ def test_the_update_norm_is_that_of_the_product(
         else:
             delta = 2.0 * b.weight @ a.weight
         assert norm == pytest.approx(float(delta.detach().norm()), rel=1e-4)
-    assert sum(norm > 0 for norm in got.values() if norm is not None) >= (
-        5 if method == "adalora" else 10
-    )
+    assert sum(norm > 0 for norm in got.values() if norm is not None) >= (5 if method == "adalora" else 10)
 
 
-def test_adalora_has_the_budget_the_schedule_and_the_scale(
-    world: World, backbone: Backbone
-) -> None:
+def test_adalora_has_the_budget_the_schedule_and_the_scale(world: World, backbone: Backbone) -> None:
     percent = 100 * 1.25 * UNIT / backbone.parameters
     cfg = world.config(
         "adalora",
@@ -257,9 +231,7 @@ def test_adalora_has_the_budget_the_schedule_and_the_scale(
         train(arm, 1)
         ranks.append(sum(row.rank for row in arm.report()))
     assert phases == ["initial"] * 6 + ["allocating"] * 19 + ["final"] * 25
-    assert ranks[5] == 20 and ranks[24:] == [12] * 26, (
-        "1.25 ranks for each of 10 matrices, rounded down"
-    )
+    assert ranks[5] == 20 and ranks[24:] == [12] * 26, "1.25 ranks for each of 10 matrices, rounded down"
     assert ranks[6] == 12 + int(8 * (18 / 19) ** 3), "the cubic schedule begins at once"
     assert all(a >= b for a, b in zip(ranks[5:], ranks[6:], strict=False))
     parameters = arm.parameters()
@@ -271,9 +243,7 @@ def test_adalora_has_the_budget_the_schedule_and_the_scale(
     assert layer.scaling["default"] / float(layer.ranknum["default"]) == pytest.approx(scale)  # type: ignore[index]
 
 
-def test_adaloras_regulariser_is_in_the_loss_only_with_labels(
-    world: World, backbone: Backbone
-) -> None:
+def test_adaloras_regulariser_is_in_the_loss_only_with_labels(world: World, backbone: Backbone) -> None:
     arm = build(world.config("adalora"), backbone)
     arm.model.eval()
     inputs = batch()
@@ -324,13 +294,9 @@ def test_vanilla_peft_reads_the_adapter_with_the_same_predictions(
     arm.model.eval()
     inputs = {k: v for k, v in batch(99).items() if k != "labels"}
     with torch.no_grad():
-        torch.testing.assert_close(
-            loaded(**inputs).logits, arm.model(**inputs).logits, rtol=0, atol=1e-6
-        )
+        torch.testing.assert_close(loaded(**inputs).logits, arm.model(**inputs).logits, rtol=0, atol=1e-6)
         with loaded.disable_adapter():
-            assert not torch.allclose(
-                loaded(**inputs).logits, arm.model(**inputs).logits, atol=1e-3
-            )
+            assert not torch.allclose(loaded(**inputs).logits, arm.model(**inputs).logits, atol=1e-3)
     written = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
     for key in ("target_modules", "modules_to_save"):
         assert written[key] == sorted(set(written[key])), "an order of its own in every process"

@@ -175,14 +175,10 @@ class SafetensorError(Exception):
     "error",
     [
         OSError(errno.ENOSPC, "No space left on device"),
-        SafetensorError(
-            "Error while serializing: I/O error: No space left on device (os error 28)"
-        ),
+        SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)"),
     ],
 )
-def test_a_full_disk_is_one_message_and_leaves_the_former_run(
-    tmp_path: Path, error: Exception
-) -> None:
+def test_a_full_disk_is_one_message_and_leaves_the_former_run(tmp_path: Path, error: Exception) -> None:
     cfg = config(tmp_path)
     first = record_of(cfg)
     write(cfg, first)
@@ -192,17 +188,13 @@ def test_a_full_disk_is_one_message_and_leaves_the_former_run(
         (path / "half").write_text("x")
         raise error
 
-    with pytest.raises(
-        UserError, match=r"seed-0: cannot write results: the disk is full\. Free some"
-    ):
+    with pytest.raises(UserError, match=r"seed-0: cannot write results: the disk is full\. Free some"):
         write(cfg, record_of(cfg, steps=7), save_adapter=full)
     assert visible(tmp_path / "demo") == ["seed-0"]
     assert load_record(tmp_path / "demo" / "seed-0") == first
 
 
-def test_a_rename_that_fails_brings_the_former_run_back(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_rename_that_fails_brings_the_former_run_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     cfg = config(tmp_path)
     first = record_of(cfg)
     write(cfg, first)
@@ -298,9 +290,7 @@ def test_one_process_at_a_time(tmp_path: Path) -> None:
     """)
     with folder.lock():
         pass
-    other = subprocess.Popen(
-        [sys.executable, "-c", script], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-    )
+    other = subprocess.Popen([sys.executable, "-c", script], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
     assert other.stdin is not None and other.stdout is not None
     assert other.stdout.readline() == "held\n"
     leftover = folder.parent / ".seed-0.77.tmp"
@@ -322,15 +312,11 @@ def test_records_are_found_in_order_and_broken_ones_told(tmp_path: Path) -> None
     failed = config(tmp_path, run_id="another")
     write(
         failed,
-        record_of(
-            failed, status="failed", error=Failure(type="E", message="m", traceback="t"), epochs=[]
-        ),
+        record_of(failed, status="failed", error=Failure(type="E", message="m", traceback="t"), epochs=[]),
     )
     torn = tmp_path / "demo" / "seed-3"
     torn.mkdir()
-    (torn / "record.json").write_text(
-        (tmp_path / "demo" / "seed-2" / "record.json").read_text()[:200]
-    )
+    (torn / "record.json").write_text((tmp_path / "demo" / "seed-2" / "record.json").read_text()[:200])
     strange = tmp_path / "demo" / "seed-4"
     strange.mkdir()
     (strange / "record.json").write_text('{"schema_version": 99}')
@@ -387,15 +373,10 @@ def test_differences_name_the_keys_and_both_values(tmp_path: Path) -> None:
     ]
     unchanged = config(tmp_path / "elsewhere", run_id="renamed", training={"seed": 9})
     assert differences(unchanged, record, "d" * 64) == []
-    assert (
-        "schema"
-        in differences(unchanged, record.model_copy(update={"config_fingerprint": "0"}), None)[0]
-    )
+    assert "schema" in differences(unchanged, record.model_copy(update={"config_fingerprint": "0"}), None)[0]
 
 
-def test_the_commit_is_that_of_the_working_directory(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_commit_is_that_of_the_working_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("GIT_CEILING_DIRECTORIES", str(tmp_path.parent))
     for name in [n for n in os.environ if n in ("GIT_DIR", "GIT_WORK_TREE", "GIT_INDEX_FILE")]:

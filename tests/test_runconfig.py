@@ -140,9 +140,7 @@ def test_ones_own_tree_wins_over_the_packaged_one(tmp_path):
 
 
 def test_a_file_reads_numbers_as_people_mean_them(tmp_path):
-    path = write(
-        tmp_path / "x.yaml", MINIMAL + "training: {learning_rate: 1e-4, mixed_precision: no}"
-    )
+    path = write(tmp_path / "x.yaml", MINIMAL + "training: {learning_rate: 1e-4, mixed_precision: no}")
     cfg = load_run(path)
     assert cfg.training.learning_rate == 1e-4
     assert cfg.training.mixed_precision == "no"
@@ -595,9 +593,7 @@ def test_a_written_config_runs_again(cfg, tmp_path_factory):
 
 
 def test_small_floats_are_written_with_a_point_and_a_signed_exponent():
-    text = to_yaml(
-        load_run(PROPOSED, ["training.learning_rate=1e-5", "training.weight_decay=1e30"])
-    )
+    text = to_yaml(load_run(PROPOSED, ["training.learning_rate=1e-5", "training.weight_decay=1e30"]))
     assert "learning_rate: 1.0e-5" in text and "weight_decay: 1.0e+30" in text
     assert "lambda_fw: 1.0e-4" in text and 'mixed_precision: "no"' in to_yaml(
         load_run(PROPOSED, ["training.mixed_precision=no"])

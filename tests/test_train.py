@@ -124,10 +124,7 @@ def naive(world: World, cfg: RunConfig, seed: int) -> tuple[np.ndarray, list[flo
             arm.optimizer.zero_grad()
     arm.model.eval()
     with torch.no_grad():
-        rows = [
-            arm.model(**collate(dev, torch.tensor([i]), 0, "longest", 32)).logits[0]
-            for i in range(len(dev))
-        ]
+        rows = [arm.model(**collate(dev, torch.tensor([i]), 0, "longest", 32)).logits[0] for i in range(len(dev))]
     return torch.stack(rows).numpy(), losses
 
 
@@ -148,9 +145,7 @@ def test_the_loop_does_what_a_plain_one_does(world: World, method: str) -> None:
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_two_halves_of_a_batch_are_the_batch(
-    tmp_path_factory: pytest.TempPathFactory, method: str
-) -> None:
+def test_two_halves_of_a_batch_are_the_batch(tmp_path_factory: pytest.TempPathFactory, method: str) -> None:
     """Also in the last step, whose 8 of the 44 examples are parts of 6 and 2."""
     calm = World(tmp_path_factory.mktemp("calm"), dropout=0.0)
     whole = world_config(calm, method, "whole", batch_size=12)
@@ -177,9 +172,7 @@ def world_config(world: World, method: str, run_id: str, **training: Any) -> Run
 
 
 @pytest.mark.parametrize("padding", ["max_length", "grouped"])
-def test_padding_does_not_change_the_result(
-    tmp_path_factory: pytest.TempPathFactory, padding: str
-) -> None:
+def test_padding_does_not_change_the_result(tmp_path_factory: pytest.TempPathFactory, padding: str) -> None:
     calm = World(tmp_path_factory.mktemp("calm"), dropout=0.0)
     plain = calm.config(model__lora__dropout=0.0)
     padded = calm.config(model__lora__dropout=0.0, run_id="padded", dataset__padding=padding)
@@ -204,9 +197,7 @@ def test_the_record_tells_the_run(world: World) -> None:
     assert record.config["training"]["seed"] == 5
     assert [(e.epoch, e.step) for e in record.epochs] == [(1, 11), (2, 22)]
     assert record.epochs[-1].learning_rate == 0.0
-    assert record.warnings == [
-        "training.mixed_precision=bf16 is for GPUs: on this CPU the run trains in fp32."
-    ]
+    assert record.warnings == ["training.mixed_precision=bf16 is for GPUs: on this CPU the run trains in fp32."]
     times = record.times
     assert times is not None and set(times.phases) == {"fisher", "steady"}
     assert times.fisher_seconds == times.phases["fisher"] > 0
@@ -214,9 +205,7 @@ def test_the_record_tells_the_run(world: World) -> None:
     data = load_task(cfg.dataset)
     table = tokenize(data.train, load_backbone(cfg.model).tokenizer, 32, True)
     assert (record.examples_per_second or 0) * times.train_seconds == pytest.approx(88)
-    assert (record.tokens_per_second or 0) * times.train_seconds == pytest.approx(
-        2 * int(table.lengths().sum())
-    )
+    assert (record.tokens_per_second or 0) * times.train_seconds == pytest.approx(2 * int(table.lengths().sum()))
     assert (record.peak_memory_bytes or 0) > 10**7
     assert len(record.matrices) == 10 and sum(m.importance or 0 for m in record.matrices) > 0.999
     metrics = json.loads((folder(cfg, 5) / "metrics.json").read_text())
@@ -242,9 +231,7 @@ def test_without_save_adapter_there_is_none(world: World) -> None:
 
 
 def test_selection_is_another_split_than_dev(world: World) -> None:
-    cfg = world.config(
-        training__evaluate_on="selection", dataset__selection_fraction=0.25, training__epochs=1
-    )
+    cfg = world.config(training__evaluate_on="selection", dataset__selection_fraction=0.25, training__epochs=1)
     record = run(cfg)
     assert record.evaluated_on == "selection"
     labels = load_predictions(folder(cfg))[1]
@@ -328,9 +315,7 @@ def test_runs_share_data_tokens_and_backbone(world: World, monkeypatch: pytest.M
 
     for name in calls:
         monkeypatch.setattr(loop, name, counted(name))
-    runs = [
-        Planned(world.config(m, training__epochs=1), s) for m in ("lora", "adalora") for s in (1, 0)
-    ]
+    runs = [Planned(world.config(m, training__epochs=1), s) for m in ("lora", "adalora") for s in (1, 0)]
     records = train_cohort(runs)
     assert calls == {"load_task": 1, "tokenize": 2, "load_backbone": 1}
     assert [(r.arm, r.seed) for r in records] == [

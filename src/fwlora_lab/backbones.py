@@ -142,18 +142,14 @@ def load_backbone(cfg: ModelConfig) -> Backbone:
         path_or_id, source = str(folder), f"folder {folder}"
         names = _names_in(folder, where)
     if commit is None and cfg.revision is not None:
-        warnings.warn(
-            f"model.revision is ignored: model.pretrained_id={wanted!r} is a folder", stacklevel=2
-        )
+        warnings.warn(f"model.revision is ignored: model.pretrained_id={wanted!r} is a folder", stacklevel=2)
 
     _check_names(names, where)
     config = _read_config(folder, where)
     if commit is None:
         _check_weights(folder, where)
     tokenizer = _read_tokenizer(folder, where, config)
-    with _as_user_error(
-        f"{where}: transformers cannot build a model from config.json", _CHECK_CONFIG
-    ):
+    with _as_user_error(f"{where}: transformers cannot build a model from config.json", _CHECK_CONFIG):
         with torch.device("meta"):
             encoder = AutoModel.from_config(config, trust_remote_code=False)
     return Backbone(
@@ -189,9 +185,7 @@ def build_classifier(
     if spec.kind == "classification":
         config.id2label = dict(enumerate(spec.labels))
         config.label2id = {label: i for i, label in enumerate(spec.labels)}
-    config.problem_type = (
-        "regression" if spec.kind == "regression" else "single_label_classification"
-    )
+    config.problem_type = "regression" if spec.kind == "regression" else "single_label_classification"
     config.use_cache = False  # a decoder would otherwise keep keys and values nobody reads
 
     with torch.random.fork_rng(devices=[]), _quiet_loading():
@@ -208,9 +202,7 @@ def build_classifier(
             )
         _check_report(model, report, where)
         torch.manual_seed(seed)
-        _draw_head(
-            model, {*report["missing_keys"], *(key for key, *_ in report["mismatched_keys"])}
-        )
+        _draw_head(model, {*report["missing_keys"], *(key for key, *_ in report["mismatched_keys"])})
     model.requires_grad_(False)
     # decoders find a sentence's last token by this id, so it must be the one that batches hold
     model.config.pad_token_id = backbone.tokenizer.pad_token_id
@@ -236,9 +228,7 @@ def head_modules(model: PreTrainedModel) -> list[str]:
     return names
 
 
-def target_linears(
-    model_or_config: PreTrainedModel | PreTrainedConfig, names: Sequence[str]
-) -> list[str]:
+def target_linears(model_or_config: PreTrainedModel | PreTrainedConfig, names: Sequence[str]) -> list[str]:
     """Full names, in the model's order, of the encoder's Linear (or Conv1D) layers `names` mean.
 
     `query`, `key`, `value`, `intermediate`, `output` are the attention's three and the
@@ -249,9 +239,7 @@ def target_linears(
     """
     if isinstance(model_or_config, PreTrainedConfig):
         with torch.device("meta"):
-            model = AutoModelForSequenceClassification.from_config(
-                model_or_config, trust_remote_code=False
-            )
+            model = AutoModelForSequenceClassification.from_config(model_or_config, trust_remote_code=False)
     else:
         model = model_or_config
     linears = _linears(model)
@@ -347,11 +335,7 @@ def _download(repo: str, commit: str, files: list[str]) -> Path:
 
     def snapshot(local: bool) -> Path:
         with contextlib.nullcontext() if sys.stderr.isatty() else disable_progress_bars():
-            return Path(
-                snapshot_download(
-                    repo, revision=commit, allow_patterns=files, local_files_only=local
-                )
-            )
+            return Path(snapshot_download(repo, revision=commit, allow_patterns=files, local_files_only=local))
 
     try:
         get_cached_repo_tree(repo, revision=commit)  # only its listing tells a complete cache
@@ -388,15 +372,9 @@ def _download(repo: str, commit: str, files: list[str]) -> Path:
             f"folder here and name it as ./folder, {elsewhere}."
         ) from error
     except HfHubHTTPError as error:
-        raise UserError(
-            f"{what}: the hub answered {_first_line(error)}. Try again later, {elsewhere}."
-        ) from error
-    except (
-        Exception
-    ) as error:  # proxies, certificates, a full disk, a download cut short: all of them end here
-        raise UserError(
-            f"{what}: the download failed ({_first_line(error)}). Try again, {elsewhere}."
-        ) from error
+        raise UserError(f"{what}: the hub answered {_first_line(error)}. Try again later, {elsewhere}.") from error
+    except Exception as error:  # proxies, certificates, a full disk, a download cut short: all of them end here
+        raise UserError(f"{what}: the download failed ({_first_line(error)}). Try again, {elsewhere}.") from error
 
 
 def _first_line(error: BaseException) -> str:
@@ -515,15 +493,12 @@ def _names_in(folder: Path, where: str) -> set[str]:
         raise UserError(f"{where}: there is no such folder. {_WHAT_CAN_BE_MEANT}")
     if not os.path.isdir(folder):
         raise UserError(
-            f"{where}: this is a file. Name the folder that holds config.json, the weights and the "
-            "tokenizer."
+            f"{where}: this is a file. Name the folder that holds config.json, the weights and the tokenizer."
         )
     try:
         return {path.name for path in folder.iterdir()}
     except OSError as error:
-        raise UserError(
-            f"{where}: cannot be read ({_first_line(error)}). Check its permissions."
-        ) from error
+        raise UserError(f"{where}: cannot be read ({_first_line(error)}). Check its permissions.") from error
 
 
 def _names_on_hub(repo: str, commit: str, folder: Path) -> set[str]:
@@ -539,18 +514,11 @@ def _read_config_file(folder: Path, where: str) -> dict[str, Any]:
         text = (folder / "config.json").read_text(encoding="utf-8")
         raw = json.loads(text)
     except OSError as error:
-        raise UserError(
-            f"{where}: cannot be read ({_first_line(error)}). Check its permissions."
-        ) from error
+        raise UserError(f"{where}: cannot be read ({_first_line(error)}). Check its permissions.") from error
     except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
-        raise UserError(
-            f"{where}: config.json is not valid JSON ({_first_line(error)}). {_FETCH_AGAIN}"
-        ) from error
+        raise UserError(f"{where}: config.json is not valid JSON ({_first_line(error)}). {_FETCH_AGAIN}") from error
     if not isinstance(raw, dict):
-        raise UserError(
-            f"{where}: config.json must hold a JSON object, not a {type(raw).__name__}. "
-            f"{_FETCH_AGAIN}"
-        )
+        raise UserError(f"{where}: config.json must hold a JSON object, not a {type(raw).__name__}. {_FETCH_AGAIN}")
     return raw
 
 
@@ -561,27 +529,20 @@ def _check_weights(folder: Path, where: str) -> None:
         shards = [single]
     else:
         try:
-            shards = sorted(
-                {folder / name for name in json.loads(index.read_text())["weight_map"].values()}
-            )
+            shards = sorted({folder / name for name in json.loads(index.read_text())["weight_map"].values()})
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-            raise UserError(
-                f"{where}: {index.name} is broken ({_first_line(error)}). {_FETCH_AGAIN}"
-            ) from error
+            raise UserError(f"{where}: {index.name} is broken ({_first_line(error)}). {_FETCH_AGAIN}") from error
         if any(shard.parent != folder for shard in shards):
             raise UserError(f"{where}: {index.name} points outside its folder. {_FETCH_AGAIN}")
     for shard in shards:
         if not shard.is_file():
-            raise UserError(
-                f"{where}: the shard {shard.name} named in {index.name} is missing. {_FETCH_AGAIN}"
-            )
+            raise UserError(f"{where}: the shard {shard.name} named in {index.name} is missing. {_FETCH_AGAIN}")
         try:
             with safe_open(shard, framework="pt") as file:
                 empty = not any(True for _ in file.keys())
         except (SafetensorError, OSError) as error:
             raise UserError(
-                f"{where}: {shard.name} is cut short or no safetensors file "
-                f"({_first_line(error)}). {_FETCH_AGAIN}"
+                f"{where}: {shard.name} is cut short or no safetensors file ({_first_line(error)}). {_FETCH_AGAIN}"
             ) from error
         if empty:
             raise UserError(f"{where}: {shard.name} holds no tensors. {_FETCH_AGAIN}")
@@ -589,9 +550,7 @@ def _check_weights(folder: Path, where: str) -> None:
 
 def _read_tokenizer(folder: Path, where: str, config: PreTrainedConfig) -> PreTrainedTokenizerBase:
     with _as_user_error(f"{where}: the tokenizer cannot be loaded", _FETCH_AGAIN):
-        tokenizer = AutoTokenizer.from_pretrained(
-            folder, config=config, trust_remote_code=False, local_files_only=True
-        )
+        tokenizer = AutoTokenizer.from_pretrained(folder, config=config, trust_remote_code=False, local_files_only=True)
     if not tokenizer.is_fast:
         raise UserError(
             f"{where}: the tokenizer has no tokenizer.json, so it is too slow to use. Save the "
@@ -634,19 +593,14 @@ def _encoder(model: PreTrainedModel) -> nn.Module:
     """The pretrained part, below which all stored weights lie."""
     encoder = getattr(model, model.base_model_prefix, None)
     if not isinstance(encoder, nn.Module):
-        raise UserError(
-            f"{type(model).__name__} has no separate encoder, so its head cannot be told apart"
-        )
+        raise UserError(f"{type(model).__name__} has no separate encoder, so its head cannot be told apart")
     return encoder
 
 
 def _head(model: PreTrainedModel) -> list[nn.Module]:
     encoder = _encoder(model)
     children = dict(model.named_children())
-    return [
-        encoder.get_submodule("pooler") if name not in children else children[name]
-        for name in head_modules(model)
-    ]
+    return [encoder.get_submodule("pooler") if name not in children else children[name] for name in head_modules(model)]
 
 
 def _linears(model: PreTrainedModel) -> list[str]:
@@ -670,11 +624,7 @@ def _no_such_target(model: PreTrainedModel, name: str, linears: list[str]) -> st
     usable = [*roles, *sorted(ends), "all-linear"]
     near = difflib.get_close_matches(name, [*usable, *below], n=1)
     hint = f" Did you mean {near[0]!r}?" if near else ""
-    others = [
-        type(module).__name__
-        for full, module in model.named_modules()
-        if full.rpartition(".")[2] == name
-    ]
+    others = [type(module).__name__ for full, module in model.named_modules() if full.rpartition(".")[2] == name]
     what = f"names a {others[0]} and no" if others else "matches no"
     return (
         f"model.lora.target_modules: {name!r} {what} Linear layer of this "
@@ -711,11 +661,7 @@ def _draw_head(model: PreTrainedModel, missing: set[str]) -> None:
     From the current random state, in float32 whatever the model's type: one seed, one head.
     """
     inside = f"{model.base_model_prefix}."
-    fresh = {
-        name
-        for name, _ in model.named_parameters()
-        if not name.startswith(inside) or name in missing
-    }
+    fresh = {name for name, _ in model.named_parameters() if not name.startswith(inside) or name in missing}
     types = {part: next(part.parameters()).dtype for part in _head(model)}
     for part in types:
         part.float()

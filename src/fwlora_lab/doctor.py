@@ -90,9 +90,7 @@ def _backbones() -> list[Line]:
     lines: list[Line] = []
     try:
         minilm = load_backbone(ModelConfig(name="minilm", pretrained_id="minilm"))
-        lines.append(
-            ("ok", "backbone minilm", f"{minilm.source}, {minilm.parameters:,} parameters")
-        )
+        lines.append(("ok", "backbone minilm", f"{minilm.source}, {minilm.parameters:,} parameters"))
     except UserError as error:
         lines.append(("no", "backbone minilm", str(error)))
     for repo, commit in PINNED.items():
@@ -108,9 +106,7 @@ def _cached(repo: str, commit: str) -> bool:
     storage = Path(constants.HF_HUB_CACHE) / f"models--{repo.replace('/', '--')}" / "snapshots"
     try:
         files = [file.path for file in get_cached_repo_tree(repo, revision=commit)]
-    except (
-        Exception
-    ):  # no listing in the cache, or one that cannot be read: nothing can be promised
+    except Exception:  # no listing in the cache, or one that cannot be read: nothing can be promised
         files = ["model.safetensors"]
     weights = [file for file in files if file.endswith(".safetensors") and "/" not in file]
     return bool(weights) and all((storage / commit / file).is_file() for file in weights)
@@ -123,9 +119,7 @@ def _data(glue_roots: Sequence[str]) -> list[Line]:
         tasks = sorted(path.parent.name for path in Path(root).glob("*/train.tsv"))
         if tasks:
             found = True
-            lines.append(
-                ("ok", f"data dataset.root={root}", f"GLUE folder with {', '.join(tasks)}")
-            )
+            lines.append(("ok", f"data dataset.root={root}", f"GLUE folder with {', '.join(tasks)}"))
     cache = Path(constants.HF_HUB_CACHE) / f"datasets--{GLUE_REPOSITORY.replace('/', '--')}"
     if cache.is_dir():
         found = True

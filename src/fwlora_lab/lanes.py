@@ -521,6 +521,11 @@ class Lanes:
                         grad.add_(torch.where(in_loss, term, 0.0))
                         value.sub_(torch.where(in_loss, 0.0, term) * lr[:, :, None, None])
 
+    def phase(self, lane: int) -> str:
+        """The part of its run that the lane's next step belongs to, as the methods name them."""
+        settings = self.lanes[lane].settings
+        return "fisher" if settings.fw and self.lanes[lane].step < settings.warmup_steps else "steady"
+
     def fisher_of(self, lane: int) -> dict[str, float]:
         """F_m by target."""
         ranks = self.lanes[lane].settings.ranks

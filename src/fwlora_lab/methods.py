@@ -20,12 +20,14 @@ from peft import AdaLoraConfig, LoraConfig, PeftModel, TaskType, get_peft_model
 from peft.tuners.adalora import AdaLoraLayer, AdaLoraModel
 from peft.tuners.lora import LoraLayer
 from torch import nn
+from torch.optim.lr_scheduler import LambdaLR
 from transformers import AutoModelForSequenceClassification, get_scheduler
 
 import fwlora
 from fwlora.budget import count, lora_kwargs, matrices, parameters_of_percent, rank_pattern
 from fwlora_lab.backbones import Backbone, build_classifier, head_modules, target_linears
 from fwlora_lab.errors import UserError
+from fwlora_lab.lanes import LaneSettings
 from fwlora_lab.records import MatrixRow, Parameters
 from fwlora_lab.runconfig import FWLoraSettings, RunConfig
 from fwlora_lab.tasks import TaskSpec
@@ -95,9 +97,7 @@ class Arm:
     This class is plain LoRA; the other methods say where they differ.
     """
 
-    def __init__(
-        self, cfg: RunConfig, backbone: Backbone, model: PeftModel, total_steps: int
-    ) -> None:
+    def __init__(self, cfg: RunConfig, backbone: Backbone, model: PeftModel, total_steps: int) -> None:
         self.model = model
         self.optimizer = _optimizer(model, cfg)
         self.scheduler = get_scheduler(
@@ -114,6 +114,29 @@ class Arm:
     def phase(self) -> str:
         """The part of the run that the next step belongs to; training time is counted by it."""
         return "steady"
+
+    def learning_rate(self, step: int) -> float:
+        """The learning rate of the step after `step` others."""
+        schedule = cast(LambdaLR, self.scheduler)
+        return schedule.base_lrs[0] * schedule.lr_lambdas[0](step)
+
+    def adapters(self) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
+        """A [r, d_in] and B [d_out, r] by matrix, to be read or written in place."""
+        return {
+            name: tuple(cast(nn.ModuleDict, f)["default"].weight.data for f in (layer.lora_A, layer.lora_B))
+            for name, layer in _layers(self.model)
+        }  # type: ignore[return-value]
+
+    def head(self) -> dict[str, torch.Tensor]:
+        """The head's parameters under their names in the plain classifier, to be read or written in place."""
+        return {
+            name.removeprefix("base_model.model.").replace(".modules_to_save.default", ""): p.data
+            for name, p in self.model.named_parameters()
+            if p.requires_grad and "lora_" not in name
+        }
+
+    def take_fisher(self, fisher: Mapping[str, float], step: int) -> None:
+        """Take over what a lane observed; plain LoRA observes nothing."""
 
     def parameters(self) -> Parameters:
         """Parameters asked for and used so far."""
@@ -157,12 +180,15 @@ class Arm:
 class FWLoraArm(Arm):
     """LoRA with one added line."""
 
-    def __init__(
-        self, cfg: RunConfig, backbone: Backbone, model: PeftModel, total_steps: int, seed: int
-    ) -> None:
+    def __init__(self, cfg: RunConfig, backbone: Backbone, model: PeftModel, total_steps: int, seed: int) -> None:
         super().__init__(cfg, backbone, model, total_steps)
         config = fw_config(cfg.fw_lora, seed)
         self.handle = fwlora.attach(model, self.optimizer, config, total_steps=total_steps)
+
+    def take_fisher(self, fisher: Mapping[str, float], step: int) -> None:
+        state = self.handle.state_dict()
+        values = torch.tensor([fisher[name] for name in self.handle.names])
+        self.handle.load_state_dict({**state, "step": step, "fisher": values})
 
     def phase(self) -> str:
         return "fisher" if self.handle.phase == "warmup" else "steady"
@@ -190,9 +216,7 @@ class AdaLoraArm(Arm):
     lora_alpha / init_r throughout, so lora_alpha = s·init_r gives it LoRA's scale s.
     """
 
-    def __init__(
-        self, cfg: RunConfig, backbone: Backbone, model: PeftModel, total_steps: int, ranks: int
-    ) -> None:
+    def __init__(self, cfg: RunConfig, backbone: Backbone, model: PeftModel, total_steps: int, ranks: int) -> None:
         super().__init__(cfg, backbone, model, total_steps)
         self._tuner = cast(AdaLoraModel, model.base_model)
         # `target_r` can only say whole ranks per matrix.
@@ -246,9 +270,7 @@ def build_arm(
     torch.manual_seed(derive(seed, "adapters"))
     if cfg.arm == "adalora":
         allocation = _allocation(cfg, plan, total_steps)
-        peft_model = _wrap(
-            model, _adalora_config(cfg, plan, allocation, total_steps, common), device
-        )
+        peft_model = _wrap(model, _adalora_config(cfg, plan, allocation, total_steps, common), device)
         return AdaLoraArm(cfg, backbone, peft_model, total_steps, allocation.final)
     peft_model = _wrap(model, LoraConfig(**common, **lora_kwargs(plan.pattern, plan.scale)), device)
     if cfg.arm == "fw_lora":
@@ -265,6 +287,21 @@ def fw_config(settings: FWLoraSettings, seed: int) -> fwlora.FWLoraConfig:
         ema=own.pop("fisher_alpha"),
         seed=seed,
         **own,
+    )
+
+
+def lane_settings(cfg: RunConfig, arm: Arm, seed: int, total_steps: int) -> LaneSettings:
+    """What the lane engine needs to know of a run; `arm` holds its adapters as they begin."""
+    fw = fw_config(cfg.fw_lora, seed) if cfg.arm == "fw_lora" else None
+    return LaneSettings(
+        ranks={name: a.shape[0] for name, (a, _) in arm.adapters().items()},
+        scale=cfg.model.lora.scale,
+        dropout=cfg.model.lora.dropout,
+        weight_decay=cfg.training.weight_decay,
+        max_grad_norm=cfg.training.max_grad_norm,
+        seed=derive(seed, "dropout"),
+        fw=fw,
+        warmup_steps=fw.warmup_steps(total_steps) if fw else 0,
     )
 
 

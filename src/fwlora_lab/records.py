@@ -272,9 +272,7 @@ def load_predictions(path: str | Path) -> tuple[np.ndarray, np.ndarray]:
         raise UserError(f"{file}: the predictions cannot be read ({error}).") from error
 
 
-def find_records(
-    results_dir: str | Path, on_broken: Callable[[str], object] = warnings.warn
-) -> list[Record]:
+def find_records(results_dir: str | Path, on_broken: Callable[[str], object] = warnings.warn) -> list[Record]:
     """All records below `results_dir`, by run id and seed; a broken one is told to `on_broken`."""
     found = []
     for file in sorted(Path(results_dir).glob("*/seed-*/record.json")):

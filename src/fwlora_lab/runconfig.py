@@ -108,9 +108,7 @@ def _run_id(value: str) -> str:
 
 def _method(value: str) -> str:
     if value not in METHODS:
-        raise ValueError(
-            f"{value!r} is not a method{_nearest(value, METHODS)}: use one of {', '.join(METHODS)}"
-        )
+        raise ValueError(f"{value!r} is not a method{_nearest(value, METHODS)}: use one of {', '.join(METHODS)}")
     return value
 
 
@@ -142,9 +140,7 @@ Number = int | float
 
 
 class _Block(BaseModel):
-    model_config = ConfigDict(
-        extra="forbid", frozen=True, strict=True, allow_inf_nan=False, hide_input_in_errors=True
-    )
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False, hide_input_in_errors=True)
 
 
 class LoraSettings(_Block):
@@ -196,7 +192,11 @@ class DatasetConfig(_Block):
 
 
 class TrainingConfig(_Block):
-    """The loop. `evaluate_on` is `selection` while tuning, `dev` for what is reported."""
+    """The loop. `evaluate_on` is `selection` while tuning, `dev` for what is reported.
+
+    `engine` trains a run with PEFT's layers, padded batches and one model a run (`peft`), or in a lane
+    of a shared backbone on packed batches (`lanes`), several runs at once.
+    """
 
     epochs: Annotated[int, Field(ge=1, le=100_000)] = 3
     batch_size: Annotated[int, Field(ge=1, le=1_000_000)] = 32
@@ -211,6 +211,7 @@ class TrainingConfig(_Block):
     seed: Seed = 42
     evaluate_on: Literal["dev", "selection"] = "dev"
     save_adapter: bool = True
+    engine: Literal["peft", "lanes"] = "peft"
 
 
 class FWLoraSettings(_Block):
@@ -325,9 +326,7 @@ class OptunaConfig(_Block):
     @model_validator(mode="after")
     def _one_dialect(self) -> OptunaConfig:
         if bool(self.search_space) == bool(self.search_spaces):
-            raise ValueError(
-                "needs exactly one of search_space (by name) and search_spaces (a list), not empty"
-            )
+            raise ValueError("needs exactly one of search_space (by name) and search_spaces (a list), not empty")
         names = [d.param_name for d in self.search_spaces or ()]
         twice = sorted({n for n in names if names.count(n) > 1})
         if twice:
@@ -338,9 +337,7 @@ class OptunaConfig(_Block):
     def dimensions(self) -> dict[str, Dimension]:
         """Both dialects as one: dotted key of the run config -> its dimension."""
         named = self.search_space or {
-            d.param_name: Dimension(
-                type=d.distribution_type, low=d.low, high=d.high, step=d.step, choices=d.choices
-            )
+            d.param_name: Dimension(type=d.distribution_type, low=d.low, high=d.high, step=d.step, choices=d.choices)
             for d in self.search_spaces or ()
         }
         return {search_key(name): dimension for name, dimension in named.items()}
@@ -423,9 +420,7 @@ def _impossible(cfg: RunConfig) -> list[Issue]:
                 "is the train_file: a run must not be scored on what it trains on; name another",
             )
         texts = [data.text_column] if isinstance(data.text_column, str) else data.text_column or []
-        if data.text_column is not None and (
-            len(texts) not in (1, 2) or len(set(texts)) < len(texts)
-        ):
+        if data.text_column is not None and (len(texts) not in (1, 2) or len(set(texts)) < len(texts)):
             fault("dataset.text_column", "name one column, or a list of two different ones")
         if data.label_column is not None and data.label_column in texts:
             fault("dataset.label_column", f"{data.label_column!r} is a text column: name another")
@@ -503,9 +498,7 @@ def _walk_schema(block: type[_Block] = RunConfig, prefix: str = "") -> Iterator[
 
 KEYS: dict[str, bool] = dict(_walk_schema())
 LEAVES = [key for key, is_block in KEYS.items() if not is_block]
-_SEARCHED = [
-    k for k in LEAVES if k.split(".")[0] in ("model", "dataset", "training", "fw_lora", "adalora")
-]
+_SEARCHED = [k for k in LEAVES if k.split(".")[0] in ("model", "dataset", "training", "fw_lora", "adalora")]
 
 
 def _schema_defaults(block: type[_Block] = RunConfig) -> dict[str, Any]:
@@ -576,9 +569,7 @@ def _nearest_key(key: str) -> str:
     close = difflib.get_close_matches(leaf.lower(), siblings, n=1, cutoff=0.55)
     if close:
         return f" (did you mean {(block + '.' if block else '') + close[0]!r}?)"
-    return _nearest(key, KEYS) or (
-        f"; {block or 'a run config'} has {', '.join(siblings)}" if siblings else ""
-    )
+    return _nearest(key, KEYS) or (f"; {block or 'a run config'} has {', '.join(siblings)}" if siblings else "")
 
 
 # ---------------------------------------------------------------------------------------------
@@ -587,9 +578,7 @@ def _nearest_key(key: str) -> str:
 
 _REFERENCE = re.compile(r"\$\{[A-Za-z_][A-Za-z0-9_.]*\}")
 _PLAIN_INT = re.compile(r"[-+]?(0|[1-9][0-9]*)")
-_PLAIN_FLOAT = re.compile(
-    r"[-+]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][-+]?[0-9]+)?|[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)"
-)
+_PLAIN_FLOAT = re.compile(r"[-+]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][-+]?[0-9]+)?|[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)")
 _TAGS = {f"tag:yaml.org,2002:{t}" for t in ("str", "int", "float", "bool", "null", "map", "seq")}
 
 
@@ -619,17 +608,14 @@ def _read_file(path: Path) -> _File:
         size = path.stat().st_size
         if size > MAX_FILE_BYTES:
             raise UserError(
-                f"{path}: is {size:,} bytes, a run config has at most {MAX_FILE_BYTES:,}: "
-                "is it the right file?"
+                f"{path}: is {size:,} bytes, a run config has at most {MAX_FILE_BYTES:,}: is it the right file?"
             )
         text = path.read_bytes().decode("utf-8-sig")
     except (FileNotFoundError, NotADirectoryError):
         near = [p.name for p in path.parent.glob("*.y*ml")] if path.parent.is_dir() else []
         raise UserError(f"{path}: there is no such file{_nearest(path.name, near)}") from None
     except UnicodeDecodeError as error:
-        raise UserError(
-            f"{path}: byte {error.start} is not UTF-8 text: save the file as UTF-8"
-        ) from None
+        raise UserError(f"{path}: byte {error.start} is not UTF-8 text: save the file as UTF-8") from None
     except OSError as error:
         raise UserError(f"{path}: cannot be read: {error.strerror}") from None
 
@@ -690,9 +676,7 @@ def _inspect(root: yaml.MappingNode) -> tuple[dict[str, int], list[tuple[int, st
         visited += 1
         line = node.start_mark.line + 1
         if id(node) in parents:
-            raise yaml.MarkedYAMLError(
-                problem="an alias refers to itself", problem_mark=node.start_mark
-            )
+            raise yaml.MarkedYAMLError(problem="an alias refers to itself", problem_mark=node.start_mark)
         if visited > MAX_NODES:
             raise yaml.MarkedYAMLError(
                 problem=f"more than {MAX_NODES:,} values once its aliases are expanded",
@@ -702,8 +686,7 @@ def _inspect(root: yaml.MappingNode) -> tuple[dict[str, int], list[tuple[int, st
             faults.append(
                 (
                     line,
-                    f"{path or 'the file'}: the tag {_short_tag(node.tag)} is refused: "
-                    "write the plain value",
+                    f"{path or 'the file'}: the tag {_short_tag(node.tag)} is refused: write the plain value",
                 )
             )
             return
@@ -712,10 +695,7 @@ def _inspect(root: yaml.MappingNode) -> tuple[dict[str, int], list[tuple[int, st
             keys: dict[str, int] = {}
             for key_node, value in node.value:
                 key_line = key_node.start_mark.line + 1
-                if (
-                    not isinstance(key_node, yaml.ScalarNode)
-                    or key_node.tag != "tag:yaml.org,2002:str"
-                ):
+                if not isinstance(key_node, yaml.ScalarNode) or key_node.tag != "tag:yaml.org,2002:str":
                     shown = getattr(key_node, "value", "")
                     shown = f"`{shown}`" if isinstance(shown, str) else "a list or mapping"
                     faults.append(
@@ -728,19 +708,13 @@ def _inspect(root: yaml.MappingNode) -> tuple[dict[str, int], list[tuple[int, st
                 key = key_node.value
                 full = f"{path}.{key}" if path else key
                 if key in keys:
-                    faults.append(
-                        (key_line, f"{full}: stands twice, first on line {keys[key]}: keep one")
-                    )
+                    faults.append((key_line, f"{full}: stands twice, first on line {keys[key]}: keep one"))
                 keys[key] = key_line
                 lines.setdefault(full, key_line)
                 if key == "_target_":
-                    faults.append(
-                        (key_line, f"{full}: is refused: a config names values, it runs no code")
-                    )
+                    faults.append((key_line, f"{full}: is refused: a config names values, it runs no code"))
                 elif full == "hydra":
-                    faults.append(
-                        (key_line, "hydra: Hydra's own settings have no use here: remove the block")
-                    )
+                    faults.append((key_line, "hydra: Hydra's own settings have no use here: remove the block"))
                 elif "${" in key:
                     faults.append(
                         (
@@ -779,9 +753,7 @@ def _scalar_fault(node: yaml.Node) -> str | None:
     if node.tag.endswith(":int") and not _PLAIN_INT.fullmatch(text):
         return f"`{text}` is another number to other loaders: write plain digits, or quote it"
     if node.tag.endswith(":float") and not _PLAIN_FLOAT.fullmatch(text):
-        return (
-            f"`{text}` is read as a number by some loaders only: write it like 1.0e-4, or quote it"
-        )
+        return f"`{text}` is read as a number by some loaders only: write it like 1.0e-4, or quote it"
     return None
 
 
@@ -865,21 +837,13 @@ def _check_defaults_list(path: Path, file: _File) -> None:
     if not isinstance(entries, list):
         raise UserError(f"{where}must be a list of config names, e.g. [/base/minilm, _self_]")
     for entry in entries:
-        names = (
-            list(entry.items())[0] if isinstance(entry, dict) and len(entry) == 1 else (entry, "")
-        )
+        names = list(entry.items())[0] if isinstance(entry, dict) and len(entry) == 1 else (entry, "")
         if not all(isinstance(n, str) for n in names):
-            raise UserError(
-                f"{where}{entry!r} is no entry: write a config's name, e.g. /base/minilm"
-            )
+            raise UserError(f"{where}{entry!r} is no entry: write a config's name, e.g. /base/minilm")
         if "hydra" in names[0]:
-            raise UserError(
-                f"{where}{names[0]!r}: Hydra's own settings have no use here: remove it"
-            )
+            raise UserError(f"{where}{names[0]!r}: Hydra's own settings have no use here: remove it")
     if "_self_" not in entries and len(file.values) > 1:
-        raise UserError(
-            f"{where}must end in `- _self_`, so that this file's own keys win over the others'"
-        )
+        raise UserError(f"{where}must end in `- _self_`, so that this file's own keys win over the others'")
 
 
 Plugins.instance().register(RunTree)
@@ -914,8 +878,7 @@ def find_run(run: str, config_dir: str | None = None) -> Path:
         raise UserError(f"run={run[:100]!r} cannot name a file: {error}") from None
     known = available_runs(config_dir)
     raise UserError(
-        f"there is no run {run!r}{_nearest(run, known)}; known runs: {', '.join(known)}, "
-        "or the path of a .yaml file"
+        f"there is no run {run!r}{_nearest(run, known)}; known runs: {', '.join(known)}, or the path of a .yaml file"
     )
 
 
@@ -940,19 +903,13 @@ def _refuse_override(text: str, override: Override) -> None:
     if key == "run" or key.startswith("run@"):
         raise UserError(f"override `{text}`: the run is named once, as run=<run_id>")
     if key == "hydra" or key.startswith(("hydra.", "hydra/")):
-        raise UserError(
-            f"override `{text}`: Hydra's own settings have no use here; results go to results_dir="
-        )
+        raise UserError(f"override `{text}`: Hydra's own settings have no use here; results go to results_dir=")
     if "_target_" in text:
-        raise UserError(
-            f"override `{text}`: _target_ is refused: a config names values, it runs no code"
-        )
+        raise UserError(f"override `{text}`: _target_ is refused: a config names values, it runs no code")
     fault = _interpolation_fault(text)
     if fault:
         raise UserError(f"override `{text}`: {fault}")
-    free = (
-        key.startswith("optuna.search_space") or override.is_delete() or "/" in key or key == "base"
-    )
+    free = key.startswith("optuna.search_space") or override.is_delete() or "/" in key or key == "base"
     if key not in KEYS and not free:
         raise UserError(f"override `{text}`: {key!r} is no key of a run config{_nearest_key(key)}")
 
@@ -984,11 +941,7 @@ def _compose(file: Path, overrides: Sequence[str]) -> dict[str, Any]:
 
 def _without_missing(data: Any) -> Any:
     if isinstance(data, dict):
-        return {
-            k: _without_missing(v)
-            for k, v in data.items()
-            if not (isinstance(v, str) and v == "???")
-        }
+        return {k: _without_missing(v) for k, v in data.items() if not (isinstance(v, str) and v == "???")}
     return data
 
 
@@ -1023,11 +976,7 @@ _WANTED = {
 
 
 def _listing(faults: Sequence[str]) -> str:
-    return (
-        faults[0]
-        if len(faults) == 1
-        else f"{len(faults)} faults:\n" + "\n".join(f"  {f}" for f in faults)
-    )
+    return faults[0] if len(faults) == 1 else f"{len(faults)} faults:\n" + "\n".join(f"  {f}" for f in faults)
 
 
 def _shown(value: Any) -> str:
@@ -1076,9 +1025,7 @@ def _issues_of(error: ValidationError, data: Any) -> list[Issue]:
                 issues.setdefault(issue.key, issue)
             continue
         key, at = "", data
-        for part in item[
-            "loc"
-        ]:  # the branches of a union (`int`, `list[str]`) are no part of the key
+        for part in item["loc"]:  # the branches of a union (`int`, `list[str]`) are no part of the key
             last = part == item["loc"][-1]
             if isinstance(at, Mapping) and (part in at or (last and item["type"] == "missing")):
                 at = at.get(part)
@@ -1123,22 +1070,18 @@ def load_run(run: str, overrides: Sequence[str] = (), config_dir: str | None = N
     for override in parsed:
         if override.is_sweep_override():
             raise UserError(
-                f"override `{override.input_line}` is a sweep, which needs --multirun; a list goes "
-                "in brackets, a=[b,c]"
+                f"override `{override.input_line}` is a sweep, which needs --multirun; a list goes in brackets, a=[b,c]"
             )
     source = _read_file(file)  # first, so that its faults come with their lines
     # Every key of the schema is there from the start, so that `+key=` can only mean its value.
     lines = [
-        f"+{text}" if o.is_add() and o.key_or_group in KEYS else text
-        for text, o in zip(overrides, parsed, strict=True)
+        f"+{text}" if o.is_add() and o.key_or_group in KEYS else text for text, o in zip(overrides, parsed, strict=True)
     ]
     data = _compose(file, lines)
     given = {o.key_or_group: o.input_line for o in parsed}
     issues = _faults_of(data)
     if issues:
-        raise UserError(
-            _listing([f"{_place(file, source.lines, given, i.key)}{i.text}" for i in issues])
-        )
+        raise UserError(_listing([f"{_place(file, source.lines, given, i.key)}{i.text}" for i in issues]))
     return RunConfig.model_validate(data)
 
 
@@ -1184,9 +1127,7 @@ _PLACEHOLDERS = {
 }
 
 
-def _place(
-    file: Path, lines: Mapping[str, int], overrides: Mapping[str, str | None], key: str
-) -> str:
+def _place(file: Path, lines: Mapping[str, int], overrides: Mapping[str, str | None], key: str) -> str:
     """`file:line: key: `, or the override that set the key."""
     for path in (key, *(key[: m.start()] for m in re.finditer(r"\.", key))):
         if path in overrides:
@@ -1226,9 +1167,7 @@ def expand_runs(
         raise UserError(f"this sweep cannot be expanded: {str(error).splitlines()[0]}") from None
     runs = _split_runs(run_argument, config_dir)
     if len(runs) * len(batches) > MAX_RUNS:
-        raise UserError(
-            f"the sweep has {len(runs) * len(batches):,} runs; {MAX_RUNS:,} is the limit"
-        )
+        raise UserError(f"the sweep has {len(runs) * len(batches):,} runs; {MAX_RUNS:,} is the limit")
 
     configs: list[RunConfig] = []
     origin: dict[str, str] = {}
@@ -1236,12 +1175,8 @@ def expand_runs(
         for batch in batches:
             cfg = load_run(run, batch, config_dir)
             if len(batches) > 1 and "run_id" not in swept:
-                changed = {
-                    k: v for k, v in (b.split("=", 1) for b in batch) if k.lstrip("+") in swept
-                }
-                cfg = RunConfig.model_validate(
-                    cfg.model_dump() | {"run_id": _swept_id(cfg.run_id, changed)}
-                )
+                changed = {k: v for k, v in (b.split("=", 1) for b in batch) if k.lstrip("+") in swept}
+                cfg = RunConfig.model_validate(cfg.model_dump() | {"run_id": _swept_id(cfg.run_id, changed)})
             here = " ".join([f"run={run}", *batch])
             if cfg.run_id in origin:
                 raise UserError(
@@ -1374,6 +1309,8 @@ def fingerprint(cfg: RunConfig) -> str:
     for key in dropped:
         if key != "model.lora.alpha":
             _set(data, key, None)
+    if cfg.training.engine == "peft":
+        del data["training"]["engine"]  # records from before there was a choice stay what they are
     text = json.dumps(data, sort_keys=True, ensure_ascii=True, allow_nan=False)
     return hashlib.sha256(text.encode()).hexdigest()
 
@@ -1391,9 +1328,7 @@ def _ignored(cfg: RunConfig) -> list[tuple[str, str]]:
             ignore((k for k in LEAVES if k.startswith(f"{block}.")), f"method is {cfg.method}")
     if cfg.arm == "fw_lora":
         if fw.weighting != "power":
-            ignore(
-                ["fw_lora.gamma", "fw_lora.clip"], f"fw_lora.weighting is {fw.weighting}, not power"
-            )
+            ignore(["fw_lora.gamma", "fw_lora.clip"], f"fw_lora.weighting is {fw.weighting}, not power")
         if fw.estimator != "sketch":
             ignore(["fw_lora.sketch_columns"], f"fw_lora.estimator is {fw.estimator}, not sketch")
         if fw.estimator == "adapter":
@@ -1424,17 +1359,11 @@ def warnings_of(cfg: RunConfig) -> list[str]:
     data, defaults = cfg.model_dump(), _schema_defaults()
     ignored = _ignored(cfg)
     warnings = [
-        f"{key} = {_get(data, key)} is ignored: {why}"
-        for key, why in ignored
-        if _get(data, key) != _get(defaults, key)
+        f"{key} = {_get(data, key)} is ignored: {why}" for key, why in ignored if _get(data, key) != _get(defaults, key)
     ]
     reasons = dict(ignored)
     searched = cfg.optuna.dimensions if cfg.optuna is not None else {}
-    warnings += [
-        f"optuna searches {key}, which is ignored: {reasons[key]}"
-        for key in searched
-        if key in reasons
-    ]
+    warnings += [f"optuna searches {key}, which is ignored: {reasons[key]}" for key in searched if key in reasons]
     return warnings
 
 
@@ -1451,9 +1380,7 @@ def check_warmup(cfg: RunConfig, total_steps: int, train_examples: int | None = 
         f"{accumulated}, {t.epochs} epoch{'s' if t.epochs > 1 else ''})"
     )
     if total_steps < 2:
-        raise UserError(
-            f"fw_lora.warmup_steps: {run} leave no room for a Fisher phase: train longer"
-        )
+        raise UserError(f"fw_lora.warmup_steps: {run} leave no room for a Fisher phase: train longer")
     steps = k if isinstance(k, int) else max(1, round(k * total_steps))
     if steps >= total_steps:
         raise UserError(

@@ -25,9 +25,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from fwlora_lab.backbones import Backbone, load_backbone
+from fwlora_lab.backbones import Backbone, build_classifier, load_backbone
 from fwlora_lab.errors import UserError
-from fwlora_lab.methods import Arm, build_arm, derive, plan_adapters
+from fwlora_lab.lanes import Lanes, supports
+from fwlora_lab.methods import Arm, build_arm, derive, lane_settings, plan_adapters
+from fwlora_lab.packing import pack
 from fwlora_lab.records import (
     BackboneInfo,
     Epoch,
@@ -57,6 +59,7 @@ from fwlora_lab.tasks import (
 )
 
 _EVALUATION_BATCH = 128
+_LANES = {"cpu": 4, "cuda": 16}  # runs at once: a CPU gains nothing from more
 _SECONDS_BETWEEN_EVENTS = 0.5
 _CALM_DOWN = "Lower training.learning_rate or the adapter's scale model.lora.alpha / rank."
 
@@ -142,9 +145,7 @@ class Planned:
     seed: int
 
 
-def train_cohort(
-    runs: Sequence[Planned], listen: Listener = _silence, again: bool = False
-) -> list[Record]:
+def train_cohort(runs: Sequence[Planned], listen: Listener = _silence, again: bool = False) -> list[Record]:
     """Train the runs that are not there yet and return the records of all, in order.
 
     A run that fails becomes a failed record, and the others go on; the next call tries it again. A
@@ -158,31 +159,18 @@ def train_cohort(
     """
     device = pick_device()
     jobs = _prepare(runs, device, again)
-    records: dict[int, Record] = {}
-    said: set[str] = set()
-    waiting = list(enumerate(jobs))
+    cohort = _Cohort(jobs, device, listen, again)
+    waiting = list(range(len(jobs)))
     for patient in (False, True):
-        busy = []
-        for index, job in waiting:
-            with job.folder.lock(wait=patient) as held:
-                if not held:
-                    busy.append((index, job))
-                    text = "another process is training this run: it is waited for at the end"
-                    listen(Note(*job.key, text))
-                elif not again and _is_complete(job):
-                    records[index] = load_record(job.folder.path)
-                    listen(RunFinished(*job.key, records[index], trained=False))
-                else:
-                    for text in job.warnings:
-                        if text not in said:
-                            said.add(text)
-                            listen(Note(*job.key, text))
-                    cfg, steps = job.cfg, job.total_steps
-                    epochs = cfg.training.epochs
-                    listen(RunStarted(*job.key, cfg.arm, steps, epochs, index, len(jobs)))
-                    records[index] = _train_one(job, device, listen)
+        busy: list[int] = []
+        groups: dict[object, list[int]] = {}
+        for index in waiting:
+            groups.setdefault(_lane_group(jobs[index]) or index, []).append(index)
+        for key, group in groups.items():
+            train = cohort.one_by_one if isinstance(key, int) else cohort.in_lanes
+            busy += train(group, patient)
         waiting = busy
-    return [records[index] for index in range(len(jobs))]
+    return [cohort.records[index] for index in range(len(jobs))]
 
 
 def pick_device() -> torch.device:
@@ -263,9 +251,7 @@ def _prepare(runs: Sequence[Planned], device: torch.device, again: bool) -> list
         check_warmup(cfg, total_steps, len(data.train))
         notes = [*warnings_of(cfg), *plan_adapters(cfg, backbone, total_steps).warnings]
         if cfg.training.mixed_precision == "bf16" and device.type == "cpu":
-            notes.append(
-                "training.mixed_precision=bf16 is for GPUs: on this CPU the run trains in fp32."
-            )
+            notes.append("training.mixed_precision=bf16 is for GPUs: on this CPU the run trains in fp32.")
         jobs.append(
             _Job(
                 cfg=cfg,
@@ -317,6 +303,219 @@ def _is_complete(job: _Job) -> bool:
     return status == "complete"
 
 
+@dataclass
+class _Cohort:
+    """The jobs of one call and what became of them."""
+
+    jobs: Sequence[_Job]
+    device: torch.device
+    listen: Listener
+    again: bool
+    records: dict[int, Record] = field(default_factory=dict)
+    said: set[str] = field(default_factory=set)
+
+    def one_by_one(self, group: Sequence[int], patient: bool) -> list[int]:
+        """Train each job with a model of its own; returns those that another process is training."""
+        busy = []
+        for index in group:
+            with contextlib.ExitStack() as stack:
+                if not self._takes(index, stack, patient):
+                    busy.append(index)
+                elif index not in self.records:
+                    self.records[index] = _train_one(self.jobs[index], self.device, self.listen)
+        return busy
+
+    def in_lanes(self, group: Sequence[int], patient: bool) -> list[int]:
+        """Train the jobs on one backbone, as many at once as there are lanes; a lane that is done takes the next."""
+        busy: list[int] = []
+        queue = list(group)
+        engine: Lanes | None = None
+        seats: list[_Seat] = []
+        table = self.jobs[group[0]].train
+        evaluation = self.jobs[group[0]].evaluation
+        width = min(_LANES[self.device.type], len(group))
+        with contextlib.ExitStack() as everything:
+            while True:
+                while queue and len(seats) < width:
+                    index = queue.pop(0)
+                    stack = everything.enter_context(contextlib.ExitStack())
+                    if not self._takes(index, stack, patient):
+                        busy.append(index)
+                    elif index not in self.records:
+                        engine = engine or _lanes_for([self.jobs[i] for i in group], width, self.device)
+                        seats.append(_Seat.taken(index, self.jobs[index], engine, self.device, stack))
+                        continue
+                    stack.close()
+                if not seats:
+                    return busy
+                assert engine is not None
+                self._tick(engine, seats, table)
+                for seat in list(seats):
+                    if seat.failure is not None or seat.state.position == len(seat.batches):
+                        continue
+                    seat.tell(self.listen)
+                ended = [s for s in seats if s.failure is None and s.state.position == len(s.batches)]
+                if ended:
+                    self._evaluate(engine, seats, ended, evaluation)
+                for seat in list(seats):
+                    if seat.failure is not None or seat.state.epoch == seat.job.cfg.training.epochs:
+                        self.records[seat.index] = seat.leave(engine, seats, self.device, self.listen)
+
+    def _takes(self, index: int, stack: contextlib.ExitStack, patient: bool) -> bool:
+        """Lock the job's folder. False where another process has it; a run that is there is filed at once."""
+        job = self.jobs[index]
+        if not stack.enter_context(job.folder.lock(wait=patient)):
+            text = "another process is training this run: it is waited for at the end"
+            self.listen(Note(*job.key, text))
+            return False
+        if not self.again and _is_complete(job):
+            self.records[index] = load_record(job.folder.path)
+            self.listen(RunFinished(*job.key, self.records[index], trained=False))
+            return True
+        for text in job.warnings:
+            if text not in self.said:
+                self.said.add(text)
+                self.listen(Note(*job.key, text))
+        cfg, steps = job.cfg, job.total_steps
+        epochs = cfg.training.epochs
+        self.listen(RunStarted(*job.key, cfg.arm, steps, epochs, index, len(self.jobs)))
+        return True
+
+    def _tick(self, engine: Lanes, seats: Sequence[_Seat], table: TokenTable) -> None:
+        """One optimiser step of every seated run; its seconds are shared out evenly."""
+        started = time.perf_counter()
+        batches = [seat.batches[seat.state.position] for seat in seats]
+        rates = [seat.state.arm.learning_rate(seat.state.step) for seat in seats]
+        phases = [engine.phase(lane) for lane in range(len(seats))]
+        regression = seats[0].job.spec.kind == "regression"
+        try:
+            losses = engine.step(pack(table, batches), rates, regression)
+        except Exception as error:
+            for seat in seats:
+                seat.failure = error
+            return
+        share = (time.perf_counter() - started) / len(seats)
+        for seat, phase, batch, loss in zip(seats, phases, batches, losses.unbind(), strict=True):
+            state = seat.state
+            state.step += 1
+            state.position += 1
+            state.examples += len(batch)
+            state.tokens += int(seat.lengths[batch].sum())
+            state.unread.append(loss)
+            state.training.add(phase, share)
+
+    def _evaluate(self, engine: Lanes, seats: Sequence[_Seat], ended: Sequence[_Seat], table: TokenTable) -> None:
+        """Close the epoch of the runs that ended one in this tick, all on the same evaluation examples."""
+        started = time.perf_counter()
+        lanes = [seats.index(seat) for seat in ended]
+        order = table.lengths().argsort(descending=True, stable=True)
+        parts = [
+            engine.predict(pack(table, [index] * len(lanes)), lanes).float().cpu()
+            for index in order.split(_EVALUATION_BATCH)
+        ]
+        logits = torch.cat(parts, 1)
+        logits = torch.empty_like(logits).index_copy_(1, order, logits)
+        share = (time.perf_counter() - started) / len(lanes)
+        for seat, own in zip(ended, logits.unbind(), strict=True):
+            state = seat.state
+            state.evaluating.add("evaluation", share)
+            try:
+                seat.tell(self.listen, at_once=True)
+                _close_epoch(seat.job, state, own.contiguous().numpy())
+            except (Diverged, UserError) as error:
+                seat.failure = error
+            else:
+                self.listen(Evaluated(*seat.job.key, state.epoch, state.epochs[-1].metrics))
+                seat.shuffle()
+
+
+@dataclass
+class _Seat:
+    """A run in a lane: its number in the cohort, its state, and the batches of its present epoch."""
+
+    index: int
+    job: _Job
+    state: RunState
+    started: datetime
+    stack: contextlib.ExitStack
+    lengths: Tensor
+    batches: list[Tensor] = field(default_factory=list)
+    failure: Exception | None = None
+    told: float = field(default_factory=time.monotonic)
+
+    @classmethod
+    def taken(cls, index: int, job: _Job, engine: Lanes, device: torch.device, stack: contextlib.ExitStack) -> _Seat:
+        started = datetime.now(UTC)
+        arm = build_arm(job.cfg, job.backbone, job.spec, job.seed, job.total_steps)
+        # What the run starts from is what it would start from alone; the lane trains it.
+        engine.admit(lane_settings(job.cfg, arm, job.seed, job.total_steps), arm.adapters(), arm.head())
+        state = RunState(job.seed, arm, Clock(device), Clock(device))
+        seat = cls(index, job, state, started, stack, job.train.lengths())
+        seat.shuffle()
+        return seat
+
+    def shuffle(self) -> None:
+        self.batches = epoch_batches(
+            len(self.job.train),
+            _examples_per_step(self.job.cfg),
+            derive(self.job.seed, "order"),
+            self.state.epoch,
+        )
+
+    def tell(self, listen: Listener, at_once: bool = False) -> None:
+        """Read the losses about twice a second; one that is not finite is the run's failure."""
+        if not at_once and time.monotonic() - self.told < _SECONDS_BETWEEN_EVENTS:
+            return
+        self.told = time.monotonic()
+        state = self.state
+        if not state.unread:
+            return
+        try:
+            mean = state.read_losses()
+        except Diverged as error:
+            if at_once:
+                raise
+            self.failure = error
+            return
+        rate = state.examples / max(state.training.total(), 1e-9)
+        phase = list(state.training.seconds)[-1]
+        listen(StepDone(*self.job.key, state.step, self.job.total_steps, mean, phase, rate))
+
+    def leave(self, engine: Lanes, seats: list[_Seat], device: torch.device, listen: Listener) -> Record:
+        """Give the lane back and write the record."""
+        lane = seats.index(self)
+        del seats[lane]
+        if self.failure is None:
+            arm = self.state.arm
+            for name, factors in engine.adapters(lane).items():
+                for own, trained in zip(arm.adapters()[name], factors, strict=True):
+                    own.copy_(trained)
+            for name, value in engine.head_of(lane).items():
+                arm.head()[name].copy_(value)
+            arm.take_fisher(engine.fisher_of(lane), self.state.step)
+        engine.release(lane)
+        record = _finish(self.job, self.state, device, self.started, self.failure, listen)
+        self.stack.close()
+        return record
+
+
+def _lane_group(job: _Job) -> object | None:
+    """What runs must have in common to share lanes; None for a run that cannot have one."""
+    if job.cfg.training.engine != "lanes" or job.cfg.arm == "adalora" or not supports(job.backbone.config):
+        return None
+    targets = tuple(job.cfg.model.lora.target_modules)
+    return (job.backbone.path_or_id, job.backbone.commit, targets, id(job.train), id(job.evaluation))
+
+
+def _lanes_for(jobs: Sequence[_Job], width: int, device: torch.device) -> Lanes:
+    """An engine with room for every job's matrices and ranks."""
+    patterns = [plan_adapters(job.cfg, job.backbone, job.total_steps).pattern for job in jobs]
+    targets = list(dict.fromkeys(n for pattern in patterns for n, rank in pattern.items() if rank))
+    rank = max(rank for pattern in patterns for rank in pattern.values())
+    model = build_classifier(jobs[0].backbone, jobs[0].spec, 0)
+    return Lanes(model.to(device), targets, width, rank)  # type: ignore[arg-type]
+
+
 # --- one run ------------------------------------------------------------------------------------
 
 
@@ -341,6 +540,10 @@ class Clock:
         if self._phase is not None:
             self.seconds[self._phase] = self.seconds.get(self._phase, 0.0) + now - self._since
         self._phase, self._since = phase, now
+
+    def add(self, phase: str, seconds: float) -> None:
+        """Count seconds that were measured elsewhere."""
+        self.seconds[phase] = self.seconds.get(phase, 0.0) + seconds
 
     def total(self) -> float:
         """Seconds up to now over all phases, without waiting for the device."""
@@ -381,9 +584,7 @@ class RunState:
         self.unread.clear()
         for step, loss in enumerate(losses, start=self.step - len(losses) + 1):
             if not math.isfinite(loss):
-                raise Diverged(
-                    f"the training loss is {loss} at step {step}: training diverged. {_CALM_DOWN}"
-                )
+                raise Diverged(f"the training loss is {loss} at step {step}: training diverged. {_CALM_DOWN}")
         self.epoch_loss += sum(losses)
         return sum(losses) / len(losses)
 
@@ -392,23 +593,46 @@ def _train_one(job: _Job, device: torch.device, listen: Listener) -> Record:
     started = datetime.now(UTC)
     _forget_peak_memory(device)
     state: RunState | None = None
+    failure: Exception | None = None
     try:
         state = _start(job, device)
         _run(job, state, device, listen)
-        record = _record(job, state, device, started)
     except UserError:
         raise
     except Exception as error:
+        failure = error
         if state is not None:
             with contextlib.suppress(RuntimeError):  # a lost GPU cannot be waited for
                 state.training.enter(None)
-        failure = Failure(
-            type=type(error).__name__, message=str(error), traceback=traceback.format_exc()
+    return _finish(job, state, device, started, failure, listen)
+
+
+def _finish(
+    job: _Job,
+    state: RunState | None,
+    device: torch.device,
+    started: datetime,
+    failure: Exception | None,
+    listen: Listener,
+) -> Record:
+    """Write the record of a run that is over, well or not, and say so."""
+    if failure is None:
+        assert state is not None
+        try:
+            record = _record(job, state, device, started)
+        except Exception as error:
+            failure = error
+    if failure is not None:
+        told = Failure(
+            type=type(failure).__name__,
+            message=str(failure),
+            traceback="".join(traceback.format_exception(failure)),
         )
-        record = _record(job, state, device, started, failure)
+        record = _record(job, state, device, started, told)
         job.folder.write(record, job.cfg)
         listen(RunFailed(*job.key, record))
         return record
+    assert state is not None
     job.folder.write(
         record,
         job.cfg,
@@ -429,7 +653,9 @@ def _start(job: _Job, device: torch.device) -> RunState:
 def _run(job: _Job, state: RunState, device: torch.device, listen: Listener) -> None:
     while state.epoch < job.cfg.training.epochs:
         _train_epoch(job, state, device, listen)
-        _evaluate(job, state, device)
+        state.evaluating.enter("evaluation")
+        _close_epoch(job, state, predict(job, state.arm, device))
+        state.evaluating.enter(None)
         listen(Evaluated(*job.key, state.epoch, state.epochs[-1].metrics))
 
 
@@ -437,9 +663,7 @@ def _train_epoch(job: _Job, state: RunState, device: torch.device, listen: Liste
     """The rest of the epoch that `state` stands in, one optimiser step at a time."""
     training, arm = job.cfg.training, state.arm
     lengths = job.train.lengths()
-    groups = epoch_batches(
-        len(job.train), _examples_per_step(job.cfg), derive(job.seed, "order"), state.epoch
-    )
+    groups = epoch_batches(len(job.train), _examples_per_step(job.cfg), derive(job.seed, "order"), state.epoch)
     arm.model.train()
     told = time.monotonic()
     for group in groups[state.position :]:
@@ -475,16 +699,11 @@ def _train_epoch(job: _Job, state: RunState, device: torch.device, listen: Liste
     state.training.enter(None)
 
 
-def _evaluate(job: _Job, state: RunState, device: torch.device) -> None:
-    """Close the epoch: evaluate, note it down, and point at the next one."""
-    state.evaluating.enter("evaluation")
-    logits = predict(job, state.arm, device)
+def _close_epoch(job: _Job, state: RunState, logits: np.ndarray) -> None:
+    """Score the evaluation after an epoch, note it down, and point at the next one."""
     labels = job.evaluation.labels
     if not np.isfinite(logits).all():
-        raise Diverged(
-            f"the model's outputs are not finite after step {state.step}: training diverged. "
-            f"{_CALM_DOWN}"
-        )
+        raise Diverged(f"the model's outputs are not finite after step {state.step}: training diverged. {_CALM_DOWN}")
     # Worked out from the logits: the model's own loss would carry AdaLoRA's regulariser.
     outputs = torch.from_numpy(logits)
     if job.spec.kind == "regression":
@@ -496,13 +715,12 @@ def _evaluate(job: _Job, state: RunState, device: torch.device) -> None:
         Epoch(
             epoch=state.epoch + 1,
             step=state.step,
-            learning_rate=float(state.arm.scheduler.get_last_lr()[0]),
+            learning_rate=state.arm.learning_rate(state.step),
             train_loss=state.epoch_loss / state.position,
             metrics=score(job.spec, logits, labels.numpy()),
             loss=float(loss) if math.isfinite(loss) else None,
         )
     )
-    state.evaluating.enter(None)
     state.epoch, state.position, state.epoch_loss = state.epoch + 1, 0, 0.0
 
 
