@@ -6,6 +6,7 @@ pytest tests/test_lanes.py
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import pytest
 import torch
@@ -25,7 +26,7 @@ from transformers import (
 
 import fwlora
 from fwlora import FWLoraConfig
-from fwlora_lab.lanes import Lanes, LaneSettings
+from fwlora_lab.lanes import Allocation, Lanes, LaneSettings
 from fwlora_lab.packing import ATTENTION, pack
 from fwlora_lab.tasks import TokenTable, collate
 
@@ -334,3 +335,91 @@ def test_prediction_of_some_lanes(table):
     some = engine.predict(pack(table, [index] * 2, F64), [2, 0])
     assert_close(some, all_lanes[[2, 0]])
     assert not torch.allclose(all_lanes[0], all_lanes[2])
+
+
+# AdaLoRA
+
+
+ADA = Allocation(
+    final=14,
+    tinit=3,
+    tfinal=8,
+    delta_t=2,
+    beta1=0.85,
+    beta2=0.8,
+    orth_reg_weight=0.5,
+    total_steps=30,
+)
+
+
+def ada_initial(model, targets, rank: int, seed: int) -> tuple[dict, dict]:
+    adapters, head = initial(model, targets, rank, seed)
+    g = torch.Generator().manual_seed(seed + 50)
+    return {n: (a, b, 0.3 * torch.randn(rank, generator=g, dtype=F64)) for n, (a, b) in adapters.items()}, head
+
+
+def test_an_adalora_lane_is_pefts_adalora(table):
+    """Importance, regulariser, budget and masks of every step, with lanes of different rank and schedule."""
+    from peft import AdaLoraConfig, get_peft_model
+
+    targets = targets_of(classifier("bert"))
+    runs = [(3, ADA), (2, replace(ADA, final=11, tinit=6, tfinal=5, delta_t=3, orth_reg_weight=0.1))]
+    engine = Lanes(classifier("bert"), targets, 2, 3, spectral=True)
+    for i, (rank, ada) in enumerate(runs):
+        s = settings(rank, targets, ada=ada, scale=2.0 / (1 + 1e-5 / rank))
+        engine.admit(s, *ada_initial(classifier("bert"), targets, rank, i))
+    masked = []
+    for step in range(30):
+        packed = pack(table, [batch_of(table, i, step) for i in range(2)], F64)
+        engine.step(packed, [1e-2, 5e-3])
+        masked.append([sum(int((e[2] == 0).sum()) for e in engine.adapters(i).values()) for i in range(2)])
+    assert masked[-1] == [10 * 3 - 14, 10 * 2 - 11] and masked[2] == [0, 0] and 0 < masked[9][0] < 16
+
+    for i, (rank, ada) in enumerate(runs):
+        model = classifier("bert")
+        adapters, head = ada_initial(model, targets, rank, i)
+        with torch.no_grad():
+            for name, value in head.items():
+                model.get_parameter(name).copy_(value)
+        config = AdaLoraConfig(
+            task_type="SEQ_CLS",  # without it PEFT leaves the regulariser out
+            init_r=rank,
+            target_r=1,
+            tinit=ada.tinit,
+            tfinal=ada.tfinal,
+            deltaT=ada.delta_t,
+            beta1=ada.beta1,
+            beta2=ada.beta2,
+            orth_reg_weight=ada.orth_reg_weight,
+            total_step=ada.total_steps,
+            lora_alpha=2 * rank,
+            target_modules=targets,
+            modules_to_save=["classifier", "pooler"],
+        )
+        peft = get_peft_model(model, config).double()
+        peft.base_model.rankallocator.target_bgt = ada.final
+        for name, (a, b, e) in adapters.items():
+            layer = peft.base_model.model.get_submodule(name)
+            layer.lora_A["default"].data.copy_(a)
+            layer.lora_B["default"].data.copy_(b)
+            layer.lora_E["default"].data.copy_(e[:, None])
+        trained = [p for p in peft.parameters() if p.requires_grad]
+        optimizer = torch.optim.AdamW(
+            [
+                {"params": [p for p in trained if p.ndim > 1], "weight_decay": 0.01},
+                {"params": [p for p in trained if p.ndim == 1], "weight_decay": 0.0},
+            ],
+            lr=(1e-2, 5e-3)[i],
+        )
+        for step in range(30):
+            batch = collate(table, batch_of(table, i, step), 0, "longest", 64)
+            peft(**batch).loss.backward()
+            torch.nn.utils.clip_grad_norm_(trained, 1.0)
+            optimizer.step()
+            peft.base_model.update_and_allocate(step + 1)
+            optimizer.zero_grad()
+        for name, (a, b, e) in engine.adapters(i).items():
+            layer = peft.base_model.model.get_submodule(name)
+            assert_close(a, layer.lora_A["default"].detach(), rtol=1e-6, atol=1e-8)
+            assert_close(b, layer.lora_B["default"].detach(), rtol=1e-6, atol=1e-8)
+            assert_close(e, layer.lora_E["default"].detach()[:, 0], rtol=1e-6, atol=1e-8)

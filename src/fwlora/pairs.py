@@ -57,13 +57,13 @@ def find_targets(model: nn.Module) -> list[Target]:
     _refuse_splitting_inits(model)
     targets = []
     seen_layer = False
-    for name, layer in model.named_modules():
-        if not isinstance(layer, LoraLayer):
+    for name, module in model.named_modules():
+        if not isinstance(module, LoraLayer):
             continue
-        seen_layer = True
+        seen_layer, layer = True, module
         pairs = tuple(_pair(name, layer, adapter) for adapter in layer.active_adapters if _trainable(layer, adapter))
         if pairs:
-            targets.append(Target(_bare(name), layer, pairs))
+            targets.append(Target(_bare(name), module, pairs))
     if targets:
         return targets
     if seen_layer:

@@ -24,10 +24,40 @@ from transformers import PreTrainedModel
 import fwlora
 from fwlora import fisher as estimators
 from fwlora.importance import penalty_weights
-from fwlora.shrinkage import factor_gradients, factor_norms, update_gradients, update_norms
+from fwlora.shrinkage import NORMS, factor_gradients, factor_norms, update_gradients, update_norms
 from fwlora_lab.packing import ATTENTION, Block, Packed
 
 _BETAS, _EPS = (0.9, 0.999), 1e-8  # torch.optim.AdamW's own
+
+
+@dataclass(frozen=True)
+class Allocation:
+    """AdaLoRA's schedule, in steps counted from 1, under PEFT's names; `final` is the ranks left over all targets.
+
+    AdaLoRA (arXiv 2303.10512) trains ΔW = s·B·diag(Λ)·A with A and B held near orthogonal, scores each (row of A,
+    λ, column of B) by a smoothed |w·∇w| times its uncertainty, and sets the λ of the least ones to zero on a
+    budget that falls with the cube of the remaining time.
+    """
+
+    final: int
+    tinit: int
+    tfinal: int
+    delta_t: int
+    beta1: float
+    beta2: float
+    orth_reg_weight: float
+    total_steps: int
+
+    def budget(self, step: int, initial: int) -> int | None:
+        """Ranks to keep after this step; None where nothing is masked."""
+        if step <= self.tinit:
+            return None
+        if step > self.total_steps - self.tfinal:
+            return self.final
+        if step % self.delta_t:
+            return None
+        left = 1 - (step - self.tinit) / (self.total_steps - self.tfinal - self.tinit)
+        return int((initial - self.final) * left**3 + self.final)
 
 
 @dataclass
@@ -35,7 +65,7 @@ class LaneSettings:
     """What makes a lane's run differ from its neighbours'.
 
     ranks by target (0: no adapter there); scale: s of ΔW = s·B·A; dropout: of the adapters' input; seed: of its
-    dropout masks; warmup_steps: K in steps; fw: the method's settings, None for plain LoRA.
+    dropout masks; warmup_steps: K in steps; fw: the method's settings; ada: AdaLoRA's; both None for plain LoRA.
     """
 
     ranks: Mapping[str, int]
@@ -46,6 +76,7 @@ class LaneSettings:
     seed: int
     fw: fwlora.FWLoraConfig | None = None
     warmup_steps: int = 0
+    ada: Allocation | None = None
 
 
 @dataclass
@@ -60,13 +91,14 @@ class Lane:
 
 @dataclass(frozen=True)
 class _Group:
-    """Targets of one shape: A [E, M, r, d_in] and B [E, M, d_out, r] stand at these offsets of a lane's row."""
+    """Targets of one shape: A [E, M, r, d_in], B [E, M, d_out, r] and Λ [E, M, r] at these offsets of a lane's row."""
 
     names: tuple[str, ...]
     d_in: int
     d_out: int
     a: int
     b: int
+    e: int
 
 
 class LaneLinear(nn.Module):
@@ -80,7 +112,9 @@ class LaneLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         lanes = self._lanes[0]
-        a, b = lanes.factors[self.name]
+        a, b, *spectrum = lanes.factors[self.name]
+        if spectrum:
+            a = a * spectrum[0][..., None]
         if lanes.chosen is not None:
             a, b = a[lanes.chosen], b[lanes.chosen]
         y = self.base(x)
@@ -130,11 +164,13 @@ class Lanes:
         targets: Sequence[str],
         width: int,
         rank: int,
+        spectral: bool = False,
     ) -> None:
         """Takes `model` over: its target Linears and dropouts are replaced, its head becomes the lanes' own.
 
-        width: lanes at most; rank: r_max.
+        width: lanes at most; rank: r_max; spectral: the lanes are AdaLoRA's, with a Λ between B and A.
         """
+        self.spectral = spectral
         self.model = model
         self.rank = rank
         self.width = width
@@ -179,8 +215,10 @@ class Lanes:
         for (d_in, d_out), names in kinds.items():
             size = len(names) * self.rank
             a, b = offset, offset + size * d_in
-            offset = b + size * d_out
-            self.groups.append(_Group(tuple(names), d_in, d_out, a, b))
+            e = b + size * d_out
+            offset = e + size * self.spectral
+            self.groups.append(_Group(tuple(names), d_in, d_out, a, b, e))
+        self.adapter_size = offset
         self.head_places: dict[str, tuple[int, torch.Size]] = {}
         for name, p in self.head.shapes.items():
             self.head_places[name] = (offset, p)
@@ -197,25 +235,26 @@ class Lanes:
         """Buffers for so many lanes; the rows `keep` of the present ones come first."""
         # Four tensors, not four rows of one: autograd takes a write to the gradients for one to the values.
         new = [torch.zeros(lanes, self.size, dtype=self.dtype, device=self.device) for _ in range(4)]
+        # AdaLoRA's smoothed sensitivity and its uncertainty.
+        scores = torch.zeros(2, lanes, self.adapter_size * self.spectral, dtype=self.dtype, device=self.device)
         fisher = torch.zeros(lanes, len(self.targets), dtype=self.dtype, device=self.device)
         coefficients = torch.zeros(2, lanes, len(self.targets), dtype=self.dtype, device=self.device)
         if keep:
             rows = torch.tensor(list(keep), device=self.device)
             for buffer, old in zip(new, self._buffers, strict=True):
                 buffer[: len(keep)] = old[rows]
+            scores[:, : len(keep)] = self._scores[:, rows]
             fisher[: len(keep)] = self.fisher[rows]
             coefficients[:, : len(keep)] = self.coefficients[:, rows]
-        self._buffers, self.fisher, self.coefficients = new, fisher, coefficients
+        self._buffers, self.fisher, self.coefficients, self._scores = new, fisher, coefficients, scores
         self.values, self.grads, self._first, self._second = new
-        self.factors: dict[str, tuple[Tensor, Tensor]] = {}
+        self.factors: dict[str, tuple[Tensor, ...]] = {}
         for g in self.groups:
-            a, b = self._group(self.values, g)
-            grad_a, grad_b = self._group(self.grads, g)
+            values, grads = self._group(self.values, g), self._group(self.grads, g)
+            if self.spectral:
+                values, grads = (*values, self._spectrum(self.values, g)), (*grads, self._spectrum(self.grads, g))
             for m, name in enumerate(g.names):
-                self.factors[name] = (
-                    _leaf(a[:, m], grad_a[:, m]),
-                    _leaf(b[:, m], grad_b[:, m]),
-                )
+                self.factors[name] = tuple(_leaf(v[:, m], d[:, m]) for v, d in zip(values, grads, strict=True))
         self.head_values = {
             name: _leaf(self._head_view(self.values, name), self._head_view(self.grads, name))
             for name in self.head_places
@@ -227,6 +266,10 @@ class Lanes:
         b = buffer[:, g.b : g.b + m * g.d_out * self.rank].view(lanes, m, g.d_out, self.rank)
         return a, b
 
+    def _spectrum(self, buffer: Tensor, g: _Group) -> Tensor:
+        size = len(g.names) * self.rank
+        return buffer[:, g.e : g.e + size].view(buffer.shape[0], len(g.names), self.rank)
+
     def _head_view(self, buffer: Tensor, name: str) -> Tensor:
         start, shape = self.head_places[name]
         return buffer[:, start : start + shape.numel()].view(buffer.shape[0], *shape)
@@ -236,10 +279,10 @@ class Lanes:
     def admit(
         self,
         settings: LaneSettings,
-        adapters: Mapping[str, tuple[Tensor, Tensor]],
+        adapters: Mapping[str, tuple[Tensor, ...]],
         head: Mapping[str, Tensor],
     ) -> int:
-        """Put a run into a new lane, from A [r, d_in] and B [d_out, r] by target and its head; the lane's number."""
+        """Put a run into a new lane, from A [r, d_in], B [d_out, r] (and Λ [r]) by target and its head; its number."""
         if len(self.lanes) == self.width:
             raise RuntimeError("every lane is taken")
         lane = len(self.lanes)
@@ -247,10 +290,12 @@ class Lanes:
         generator = torch.Generator(self.device).manual_seed(settings.seed)
         self.lanes.append(Lane(settings, generator))
         with torch.no_grad():
-            for name, (a, b) in adapters.items():
-                own_a, own_b = self.factors[name]
+            for name, (a, b, *spectrum) in adapters.items():
+                own_a, own_b, *own_spectrum = self.factors[name]
                 own_a[lane, : a.shape[0]] = a.to(own_a)
                 own_b[lane, :, : b.shape[1]] = b.to(own_b)
+                for own, given in zip(own_spectrum, spectrum, strict=True):
+                    own[lane, : len(given)] = given.to(own)
             for name, value in head.items():
                 self.head_values[name][lane] = value.to(self.dtype)
         return lane
@@ -261,17 +306,15 @@ class Lanes:
         del self.lanes[lane]
         self._resize(len(keep), keep)
 
-    def adapters(self, lane: int) -> dict[str, tuple[Tensor, Tensor]]:
-        """A [r, d_in] and B [d_out, r] by target, cut to the lane's own ranks; targets of rank 0 are left out."""
+    def adapters(self, lane: int) -> dict[str, tuple[Tensor, ...]]:
+        """A, B (and Λ) by target, cut to the lane's own ranks; targets of rank 0 are left out."""
         ranks = self.lanes[lane].settings.ranks
-        return {
-            name: (
-                a[lane, : ranks[name]].detach().clone(),
-                b[lane, :, : ranks[name]].detach().clone(),
-            )
-            for name, (a, b) in self.factors.items()
-            if ranks.get(name)
-        }
+        out: dict[str, tuple[Tensor, ...]] = {}
+        for name, (a, b, *spectrum) in self.factors.items():
+            if r := ranks.get(name):
+                own = (a[lane, :r], b[lane, :, :r], *(e[lane, :r] for e in spectrum))
+                out[name] = tuple(t.detach().clone() for t in own)
+        return out
 
     def head_of(self, lane: int) -> dict[str, Tensor]:
         """The head's parameters by name."""
@@ -344,11 +387,15 @@ class Lanes:
         losses.sum().backward()
         self.watching = False
         with torch.no_grad():
+            if self.spectral:
+                losses = losses + self._orthogonalise()
             self._clip()
             self._observe()
             lr = torch.tensor(list(learning_rates), dtype=self.dtype, device=self.device)[:, None]
             self._shrink(lr)
             self._adamw(lr)
+            if self.spectral:
+                self._allocate()
         for e, lane in enumerate(self.lanes):
             lane.step += 1
             if lane.settings.fw is not None and lane.step == lane.settings.warmup_steps:
@@ -490,7 +537,7 @@ class Lanes:
             seed=fw.seed,
         )
         square = settings.scale**2 if fw.norm == "update" else 1.0
-        self.coefficients[("update", "factors").index(fw.norm), e, own] = fw.shrinkage * square * weights
+        self.coefficients[NORMS.index(fw.norm), e, own] = fw.shrinkage * square * weights
 
     def _shrink(self, lr: Tensor) -> None:
         """Adds the penalty's gradient to the gradients, or takes it off the values at the learning rate."""
@@ -500,7 +547,7 @@ class Lanes:
             if lane.settings.fw is not None and lane.step >= lane.settings.warmup_steps
         ]
         for norm, gradients in enumerate((update_gradients, factor_gradients)):
-            if not any(("update", "factors").index(fw.norm) == norm for fw in shrinking):
+            if not any(NORMS.index(fw.norm) == norm for fw in shrinking):
                 continue
             in_loss = torch.tensor(
                 [lane.settings.fw is None or lane.settings.fw.coupling == "loss" for lane in self.lanes],
@@ -523,8 +570,72 @@ class Lanes:
 
     def phase(self, lane: int) -> str:
         """The part of its run that the lane's next step belongs to, as the methods name them."""
-        settings = self.lanes[lane].settings
-        return "fisher" if settings.fw and self.lanes[lane].step < settings.warmup_steps else "steady"
+        settings, step = self.lanes[lane].settings, self.lanes[lane].step
+        if settings.ada is not None:
+            if step < settings.ada.tinit:
+                return "initial"
+            return "allocating" if step < settings.ada.total_steps - settings.ada.tfinal else "final"
+        return "fisher" if settings.fw and step < settings.warmup_steps else "steady"
+
+    # AdaLoRA over lanes
+
+    def _orthogonalise(self) -> Tensor:
+        """Adds the gradient of `w·mean(‖AAᵀ − I‖_F, ‖BᵀB − I‖_F)` over all A and B; its value by lane [E]."""
+        adas = [_allocation(lane) for lane in self.lanes]
+        weights = self.values.new_tensor([ada.orth_reg_weight for ada in adas])
+        ranks = [lane.settings.ranks for lane in self.lanes]
+        counts = self.values.new_tensor([2.0 * sum(r > 0 for r in of.values()) for of in ranks])
+        total = self.values.new_zeros(len(self.lanes))
+        for g in self.groups:
+            own = torch.tensor([[of.get(n, 0) for n in g.names] for of in ranks], device=self.device)
+            # The identity of each lane's own rank: padding is orthogonal to nothing.
+            eye = (torch.arange(self.rank, device=self.device) < own[..., None]).to(self.dtype).diag_embed()
+            (a, b), (grad_a, grad_b) = self._group(self.values, g), self._group(self.grads, g)
+            for off, grad, left in ((a @ a.mT - eye, grad_a, True), (b.mT @ b - eye, grad_b, False)):
+                norm = torch.linalg.matrix_norm(off)
+                total += norm.sum(1)
+                # ∂‖C‖/∂A = 2·C·A/‖C‖ for C = AAᵀ − I, which is symmetric; 0 where C is.
+                unit = 2.0 * off / norm.clamp_min(torch.finfo(self.dtype).tiny)[..., None, None]
+                unit = unit * (weights / counts)[:, None, None, None]
+                grad.add_(unit @ a if left else b @ unit)
+        return weights * total / counts
+
+    def _allocate(self) -> None:
+        """Updates the scores after the optimizer's step, and masks the least important λ where the schedule says."""
+        steps = [lane.step + 1 for lane in self.lanes]
+        adas = [_allocation(lane) for lane in self.lanes]
+        learning = [t < ada.total_steps - ada.tfinal for t, ada in zip(steps, adas, strict=True)]
+        sensitivity, uncertainty = self._scores
+        if any(learning):
+            on = torch.tensor(learning, device=self.device)[:, None]
+            beta1 = self.values.new_tensor([[ada.beta1] for ada in adas])
+            beta2 = self.values.new_tensor([[ada.beta2] for ada in adas])
+            now = (self.values[:, : self.adapter_size] * self.grads[:, : self.adapter_size]).abs()
+            smooth = beta1 * sensitivity + (1.0 - beta1) * now
+            unsure = beta2 * uncertainty + (1.0 - beta2) * (now - smooth).abs()
+            self._scores = torch.stack([torch.where(on, smooth, sensitivity), torch.where(on, unsure, uncertainty)])
+        initial = [sum(lane.settings.ranks.values()) for lane in self.lanes]
+        budgets = [ada.budget(t, i) for ada, t, i in zip(adas, steps, initial, strict=True)]
+        if all(budget is None for budget in budgets):
+            return
+        score = self._scores[0] * self._scores[1]
+        triplets = []  # [E, M, r] by group
+        for g in self.groups:
+            a, b = self._group(score, g)
+            triplets.append(self._spectrum(score, g) + (a.mean(-1) + b.mean(-2)))
+        for e, budget in enumerate(budgets):
+            if budget is None or initial[e] <= budget:
+                continue
+            ranks = self.lanes[e].settings.ranks
+            own = [
+                torch.arange(self.rank, device=self.device)
+                < torch.tensor([[ranks.get(n, 0)] for n in g.names], device=self.device)
+                for g in self.groups
+            ]
+            mine = torch.cat([t[e][keep] for t, keep in zip(triplets, own, strict=True)])
+            threshold = mine.kthvalue(initial[e] - budget).values
+            for g, t in zip(self.groups, triplets, strict=True):
+                self._spectrum(self.values, g)[e].masked_fill_(t[e] <= threshold, 0.0)
 
     def fisher_of(self, lane: int) -> dict[str, float]:
         """F_m by target."""
@@ -545,6 +656,11 @@ class Lanes:
         return total
 
 
+def _allocation(lane: Lane) -> Allocation:
+    assert lane.settings.ada is not None
+    return lane.settings.ada
+
+
 def _leaf(value: Tensor, grad: Tensor) -> Tensor:
     """A view of the buffer that autograd trains; its gradient accumulates in the other buffer."""
     leaf = value.detach().requires_grad_(True)
@@ -557,13 +673,6 @@ def _position_offset(model: PreTrainedModel) -> int:
     embeddings = getattr(model.base_model, "embeddings", None)
     table = getattr(embeddings, "position_embeddings", None)
     return 0 if table is None or table.padding_idx is None else table.padding_idx + 1
-
-
-@dataclass(frozen=True)
-class _Dense:
-    """A Linear of the head, by the names of its weight and bias."""
-
-    name: str
 
 
 @dataclass
@@ -579,10 +688,10 @@ class _Head:
         model = self.model
         match model.config.model_type:
             case "roberta" | "xlm-roberta" | "camembert":
-                p = model.classifier.dropout.p
+                p = model.get_submodule("classifier.dropout").p
                 self.layers = [p, "classifier.dense", torch.tanh, p, "classifier.out_proj"]
             case "bert":
-                self.layers = ["bert.pooler.dense", torch.tanh, model.dropout.p, "classifier"]
+                self.layers = ["bert.pooler.dense", torch.tanh, model.get_submodule("dropout").p, "classifier"]
             case other:
                 raise TypeError(f"no lanes for {other}")
         for layer in self.layers:

@@ -27,7 +27,7 @@ import fwlora
 from fwlora.budget import count, lora_kwargs, matrices, parameters_of_percent, rank_pattern
 from fwlora_lab.backbones import Backbone, build_classifier, head_modules, target_linears
 from fwlora_lab.errors import UserError
-from fwlora_lab.lanes import LaneSettings
+from fwlora_lab.lanes import Allocation, LaneSettings
 from fwlora_lab.records import MatrixRow, Parameters
 from fwlora_lab.runconfig import FWLoraSettings, RunConfig
 from fwlora_lab.tasks import TaskSpec
@@ -118,14 +118,14 @@ class Arm:
     def learning_rate(self, step: int) -> float:
         """The learning rate of the step after `step` others."""
         schedule = cast(LambdaLR, self.scheduler)
-        return schedule.base_lrs[0] * schedule.lr_lambdas[0](step)
+        return float(schedule.base_lrs[0]) * schedule.lr_lambdas[0](step)
 
-    def adapters(self) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
+    def adapters(self) -> dict[str, tuple[torch.Tensor, ...]]:
         """A [r, d_in] and B [d_out, r] by matrix, to be read or written in place."""
         return {
-            name: tuple(cast(nn.ModuleDict, f)["default"].weight.data for f in (layer.lora_A, layer.lora_B))
+            name: tuple(layer.get_submodule(f"{f}.default").weight.data for f in ("lora_A", "lora_B"))  # type: ignore
             for name, layer in _layers(self.model)
-        }  # type: ignore[return-value]
+        }
 
     def head(self) -> dict[str, torch.Tensor]:
         """The head's parameters under their names in the plain classifier, to be read or written in place."""
@@ -220,9 +220,21 @@ class AdaLoraArm(Arm):
         super().__init__(cfg, backbone, model, total_steps)
         self._tuner = cast(AdaLoraModel, model.base_model)
         # `target_r` can only say whole ranks per matrix.
-        self._tuner.rankallocator.target_bgt = ranks
+        self._tuner.rankallocator.target_bgt = self.final_ranks = ranks
         self._step = 0
         self.optimizer.register_step_post_hook(self._allocate)
+
+    def adapters(self) -> dict[str, tuple[torch.Tensor, ...]]:
+        """A [r, d_in], B [d_out, r] and Λ [r] by matrix, to be read or written in place."""
+        return {
+            name: tuple(
+                cast(nn.ParameterDict, f)["default"].data.squeeze(-1)
+                if f is layer.lora_E  # type: ignore
+                else cast(nn.ParameterDict, f)["default"].data
+                for f in (layer.lora_A, layer.lora_B, layer.lora_E)  # type: ignore
+            )
+            for name, layer in _layers(self.model)
+        }
 
     def phase(self) -> str:
         config = cast(AdaLoraConfig, self.model.peft_config["default"])
@@ -290,12 +302,36 @@ def fw_config(settings: FWLoraSettings, seed: int) -> fwlora.FWLoraConfig:
     )
 
 
+def initial_ranks(cfg: RunConfig, backbone: Backbone, total_steps: int) -> dict[str, int]:
+    """The rank that each adapted matrix begins with; AdaLoRA begins with more than it keeps."""
+    plan = plan_adapters(cfg, backbone, total_steps)
+    if cfg.arm == "adalora":
+        return dict.fromkeys(plan.pattern, _allocation(cfg, plan, total_steps).initial)
+    return {name: rank for name, rank in plan.pattern.items() if rank}
+
+
 def lane_settings(cfg: RunConfig, arm: Arm, seed: int, total_steps: int) -> LaneSettings:
     """What the lane engine needs to know of a run; `arm` holds its adapters as they begin."""
     fw = fw_config(cfg.fw_lora, seed) if cfg.arm == "fw_lora" else None
+    ranks = {name: factors[0].shape[0] for name, factors in arm.adapters().items()}
+    scale, ada = cfg.model.lora.scale, None
+    if isinstance(arm, AdaLoraArm):
+        config = cast(AdaLoraConfig, arm.model.peft_config["default"])
+        scale *= config.init_r / (config.init_r + 1e-5)  # as PEFT divides by the rank
+        ada = Allocation(
+            final=arm.final_ranks,
+            tinit=config.tinit,
+            tfinal=config.tfinal,
+            delta_t=config.deltaT,
+            beta1=config.beta1,
+            beta2=config.beta2,
+            orth_reg_weight=config.orth_reg_weight,
+            total_steps=total_steps,
+        )
     return LaneSettings(
-        ranks={name: a.shape[0] for name, (a, _) in arm.adapters().items()},
-        scale=cfg.model.lora.scale,
+        ranks=ranks,
+        scale=scale,
+        ada=ada,
         dropout=cfg.model.lora.dropout,
         weight_decay=cfg.training.weight_decay,
         max_grad_norm=cfg.training.max_grad_norm,

@@ -28,7 +28,7 @@ from torch.nn import functional
 from fwlora_lab.backbones import Backbone, build_classifier, load_backbone
 from fwlora_lab.errors import UserError
 from fwlora_lab.lanes import Lanes, supports
-from fwlora_lab.methods import Arm, build_arm, derive, lane_settings, plan_adapters
+from fwlora_lab.methods import Arm, build_arm, derive, initial_ranks, lane_settings, plan_adapters
 from fwlora_lab.packing import pack
 from fwlora_lab.records import (
     BackboneInfo,
@@ -501,19 +501,20 @@ class _Seat:
 
 def _lane_group(job: _Job) -> object | None:
     """What runs must have in common to share lanes; None for a run that cannot have one."""
-    if job.cfg.training.engine != "lanes" or job.cfg.arm == "adalora" or not supports(job.backbone.config):
+    if job.cfg.training.engine != "lanes" or not supports(job.backbone.config):
         return None
     targets = tuple(job.cfg.model.lora.target_modules)
-    return (job.backbone.path_or_id, job.backbone.commit, targets, id(job.train), id(job.evaluation))
+    spectral = job.cfg.arm == "adalora"
+    return (spectral, job.backbone.path_or_id, job.backbone.commit, targets, id(job.train), id(job.evaluation))
 
 
 def _lanes_for(jobs: Sequence[_Job], width: int, device: torch.device) -> Lanes:
     """An engine with room for every job's matrices and ranks."""
-    patterns = [plan_adapters(job.cfg, job.backbone, job.total_steps).pattern for job in jobs]
-    targets = list(dict.fromkeys(n for pattern in patterns for n, rank in pattern.items() if rank))
-    rank = max(rank for pattern in patterns for rank in pattern.values())
-    model = build_classifier(jobs[0].backbone, jobs[0].spec, 0)
-    return Lanes(model.to(device), targets, width, rank)  # type: ignore[arg-type]
+    ranks = [initial_ranks(job.cfg, job.backbone, job.total_steps) for job in jobs]
+    targets = list(dict.fromkeys(name for of in ranks for name in of))
+    highest = max(rank for of in ranks for rank in of.values())
+    model = build_classifier(jobs[0].backbone, jobs[0].spec, 0).to(device)  # type: ignore[arg-type]
+    return Lanes(model, targets, width, highest, spectral=jobs[0].cfg.arm == "adalora")
 
 
 # --- one run ------------------------------------------------------------------------------------
