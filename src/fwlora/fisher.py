@@ -72,7 +72,7 @@ def gaussian_probe(
     sketches can be summed over processes.
     """
     generator = torch.Generator(device=device)
-    generator.manual_seed((seed * 1_000_003 + step) * 1_000_003 + d_in)
+    generator.manual_seed(((seed * 1_000_003 + step) * 1_000_003 + d_in) % 2**63)
     return torch.randn(d_in, columns, generator=generator, device=device, dtype=dtype)
 
 

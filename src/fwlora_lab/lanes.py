@@ -52,7 +52,7 @@ class Allocation:
         """Ranks to keep after this step; None where nothing is masked."""
         if step <= self.tinit:
             return None
-        if step > self.total_steps - self.tfinal:
+        if step >= self.total_steps - self.tfinal:  # the last allocation is forced, then it stays
             return self.final
         if step % self.delta_t:
             return None

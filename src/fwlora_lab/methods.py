@@ -283,6 +283,7 @@ def build_arm(
     if cfg.arm == "adalora":
         allocation = _allocation(cfg, plan, total_steps)
         peft_model = _wrap(model, _adalora_config(cfg, plan, allocation, total_steps, common), device)
+        _freeze_ranknum(peft_model)
         return AdaLoraArm(cfg, backbone, peft_model, total_steps, allocation.final)
     peft_model = _wrap(model, LoraConfig(**common, **lora_kwargs(plan.pattern, plan.scale)), device)
     if cfg.arm == "fw_lora":
@@ -400,6 +401,17 @@ def _wrap(model: nn.Module, config: LoraConfig, device: torch.device | str) -> P
         # PEFT's use of transformers, which nobody who reads this can change.
         warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing. is deprecated")
         return cast(PeftModel, get_peft_model(model, config)).to(device)  # type: ignore[arg-type]
+
+
+def _freeze_ranknum(model: PeftModel) -> None:
+    """Keep AdaLoRA's divisor what it is said to be: the constant r.
+
+    PEFT 0.21.2 declares it deterministic and does not save it, yet activating an adapter of a classifier makes it
+    trainable: AdamW would move it, and a reloaded adapter would predict something else.
+    """
+    for name, parameter in model.named_parameters():
+        if ".ranknum." in name:
+            parameter.requires_grad_(False)
 
 
 def _optimizer(model: nn.Module, cfg: RunConfig) -> torch.optim.AdamW:
