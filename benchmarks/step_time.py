@@ -22,8 +22,8 @@ import fwlora
 from fwlora import FWLoraConfig
 from fwlora.budget import lora_kwargs
 from fwlora_lab.backbones import head_modules, load_backbone, target_linears
+from fwlora_lab.compose import load_run
 from fwlora_lab.records import cpu_name
-from fwlora_lab.runconfig import load_run
 
 # Word pieces per sentence of CoLA's training set with [CLS] and [SEP]: the lengths that occur, and how often each does.
 COLA_LENGTHS = (

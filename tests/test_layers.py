@@ -19,6 +19,7 @@ METHOD = ["fisher", "importance", "shrinkage", "budget", "pairs", "method", "tra
 LAB = [
     "errors",
     "runconfig",
+    "compose",
     "offline",
     "tasks",
     "backbones",

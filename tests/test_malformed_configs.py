@@ -16,8 +16,8 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from fwlora_lab.compose import expand_runs, load_run, validate_file
 from fwlora_lab.errors import UserError
-from fwlora_lab.runconfig import expand_runs, load_run, validate_file
 
 GOOD = """\
 run_id: mine

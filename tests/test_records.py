@@ -17,6 +17,7 @@ import pytest
 from pydantic import ValidationError
 
 from fwlora_lab import records
+from fwlora_lab.compose import load_run
 from fwlora_lab.errors import UserError
 from fwlora_lab.records import (
     Epoch,
@@ -31,7 +32,7 @@ from fwlora_lab.records import (
     load_record,
     status_of,
 )
-from fwlora_lab.runconfig import RunConfig, fingerprint, load_run
+from fwlora_lab.runconfig import RunConfig, fingerprint
 
 
 def config(results: Path, **changes: object) -> RunConfig:

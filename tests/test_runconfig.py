@@ -21,23 +21,18 @@ from pydantic import ValidationError
 from ruamel.yaml import YAML
 
 import fwlora
+from fwlora_lab.compose import CONF, available_runs, expand_runs, load_run, parse_seeds, validate_file
 from fwlora_lab.errors import UserError
 from fwlora_lab.runconfig import (
-    CONF,
     GLUE_SUBSETS,
     KEYS,
     METHODS,
     FWLoraSettings,
     RunConfig,
-    available_runs,
     check_warmup,
-    expand_runs,
     fingerprint,
-    load_run,
-    parse_seeds,
     search_key,
     to_yaml,
-    validate_file,
     warnings_of,
 )
 

@@ -119,7 +119,7 @@ class _Version(argparse.Action):
 
 
 def _train_help(parser: argparse.ArgumentParser) -> str:
-    from fwlora_lab.runconfig import available_runs
+    from fwlora_lab.compose import available_runs
 
     runs = textwrap.indent("\n".join(available_runs()), "  ")
     options = argparse.ArgumentParser.format_help(parser)
@@ -128,7 +128,7 @@ def _train_help(parser: argparse.ArgumentParser) -> str:
 
 def _split_words(words: Sequence[str]) -> tuple[str, list[int] | None, bool, list[str]]:
     """run=, seeds= and again= are this command's own; the rest goes to Hydra as it is."""
-    from fwlora_lab.runconfig import parse_seeds
+    from fwlora_lab.compose import parse_seeds
 
     own: dict[str, str] = {}
     rest = []
@@ -150,7 +150,7 @@ def _split_words(words: Sequence[str]) -> tuple[str, list[int] | None, bool, lis
 
 
 def _train(options: argparse.Namespace) -> int:
-    from fwlora_lab.runconfig import expand_runs
+    from fwlora_lab.compose import expand_runs
     from fwlora_lab.train import Planned
 
     run, seeds, again, overrides = _split_words(options.words)
@@ -181,7 +181,7 @@ def _folder(record: Record) -> str:
 
 
 def _validate(options: argparse.Namespace) -> int:
-    from fwlora_lab.runconfig import validate_file
+    from fwlora_lab.compose import validate_file
 
     wrong = 0
     for file in options.files:

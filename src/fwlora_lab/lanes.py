@@ -13,6 +13,7 @@ and the update are a dozen operations for all matrices and lanes.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -170,6 +171,8 @@ class Lanes:
 
         width: lanes at most; rank: r_max; spectral: the lanes are AdaLoRA's, with a Λ between B and A.
         """
+        # The leaves are views of one buffer on purpose; autograd would have each in a block of its own.
+        warnings.filterwarnings("ignore", message="grad and param do not obey the gradient layout contract")
         self.spectral = spectral
         self.model = model
         self.rank = rank
