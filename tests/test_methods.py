@@ -300,3 +300,11 @@ def test_vanilla_peft_reads_the_adapter_with_the_same_predictions(
     written = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
     for key in ("target_modules", "modules_to_save"):
         assert written[key] == sorted(set(written[key])), "an order of its own in every process"
+
+
+def test_adaloras_divisor_is_no_parameter(world: World, backbone: Backbone) -> None:
+    """PEFT 0.21.2 would train it and not save it."""
+    arm = build_arm(world.config("adalora"), backbone, SPEC, 0, 22)
+    named = dict(arm.model.named_parameters())
+    divisors = [p for name, p in named.items() if "ranknum" in name]
+    assert divisors and not any(p.requires_grad for p in divisors)

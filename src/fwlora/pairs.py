@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
+from typing import cast
 
 from peft.tuners.lora import LoraLayer
 from peft.tuners.lora.layer import Embedding, MultiheadAttention, ParamWrapper, _ConvNd
@@ -60,10 +61,10 @@ def find_targets(model: nn.Module) -> list[Target]:
     for name, module in model.named_modules():
         if not isinstance(module, LoraLayer):
             continue
-        seen_layer, layer = True, module
-        pairs = tuple(_pair(name, layer, adapter) for adapter in layer.active_adapters if _trainable(layer, adapter))
+        seen_layer = True
+        pairs = tuple(_pair(name, module, adapter) for adapter in module.active_adapters if _trainable(module, adapter))
         if pairs:
-            targets.append(Target(_bare(name), module, pairs))
+            targets.append(Target(_bare(name), cast(nn.Module, module), pairs))
     if targets:
         return targets
     if seen_layer:

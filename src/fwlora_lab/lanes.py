@@ -562,7 +562,7 @@ class Lanes:
                 c = self.coefficients[norm, :, start : start + m].flatten()
                 start += m
                 values = self._group(self.values, g)
-                terms = gradients(*(v.flatten(0, 1) for v in values), c)
+                terms = gradients(values[0].flatten(0, 1), values[1].flatten(0, 1), c)
                 for value, grad, term in zip(values, self._group(self.grads, g), terms, strict=True):
                     term = term.view_as(value)
                     if all(fw.coupling == "loss" for fw in shrinking):

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
 from fwlora_lab.records import Record
 from fwlora_lab.train import Evaluated, Event, Note, RunFailed, RunFinished, RunStarted, StepDone
@@ -66,34 +66,31 @@ class _Lines:
 
 
 class _Live:
-    """Two bars: the runs, and the steps of the present one. Notes and results scroll by above them."""
+    """A bar over all runs and one for each run in training. Notes and results scroll by above them."""
 
     def __init__(self, progress: Progress, runs: int) -> None:
         self._progress = progress
         self._lines = _Lines(progress.console.print)
-        self._runs = progress.add_task("runs", total=runs, state="", visible=runs > 1)
-        self._steps = progress.add_task("", total=None, state="", visible=False)
-        self._metric = ""
+        self._all = progress.add_task("runs", total=runs, state="", visible=runs > 1)
+        self._bars: dict[tuple[str, int], TaskID] = {}
+        self._metric: dict[tuple[str, int], str] = {}
 
     def hear(self, event: Event) -> None:
+        key = (event.run_id, event.seed)
         match event:
             case RunStarted():
-                self._metric = ""
-                self._progress.reset(
-                    self._steps,
-                    total=event.total_steps,
-                    description=f"{event.run_id} seed {event.seed}",
-                    visible=True,
-                    state="",
-                )
+                name = f"{event.run_id} seed {event.seed}"
+                self._bars[key] = self._progress.add_task(name, total=event.total_steps, state="")
             case StepDone():
-                state = f"{event.phase}  loss {event.loss:.3f}{self._metric}"
-                self._progress.update(self._steps, completed=event.step, state=state)
+                state = f"{event.phase}  loss {event.loss:.3f}{self._metric.get(key, '')}"
+                self._progress.update(self._bars[key], completed=event.step, state=state)
             case Evaluated():
-                self._metric = f"  {_metrics(event.metrics)}"
+                self._metric[key] = f"  {_metrics(event.metrics)}"
                 self._lines.hear(event)
             case RunFinished() | RunFailed():
-                self._progress.advance(self._runs)
+                self._progress.advance(self._all)
+                if key in self._bars:
+                    self._progress.remove_task(self._bars.pop(key))
                 self._lines.hear(event)
             case _:
                 self._lines.hear(event)

@@ -1,0 +1,126 @@
+"""`train_cohort` with engine=lanes: the same records as with one model a run, and nothing shared but the time.
+
+pytest tests/test_lane_training.py
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from peft import PeftModel
+from tiny import World
+
+from fwlora_lab import train as loop
+from fwlora_lab.backbones import build_classifier, load_backbone
+from fwlora_lab.records import Record, load_predictions
+from fwlora_lab.tasks import collate, load_task, tokenize
+from fwlora_lab.train import Note, Planned, RunFailed, train_cohort
+
+METHODS = ["lora", "fw_lora", "adalora"]
+
+
+@pytest.fixture
+def world(tmp_path: Path) -> World:
+    return World(tmp_path, dropout=0.0)
+
+
+def lanes(world: World, method: str, **more):
+    changes = {"training__engine": "lanes", "model__lora__dropout": 0.0, **more}
+    return world.config(method, **changes)
+
+
+def logits(world: World, run_id: str, seed: int) -> np.ndarray:
+    return load_predictions(world.results / run_id / f"seed-{seed}")[0]
+
+
+def test_lanes_train_what_peft_trains(world):
+    """Without dropout, where both engines draw nothing: same metrics, F, parameters and predictions."""
+    ours = train_cohort([Planned(lanes(world, m, run_id=f"{m}-lanes"), s) for m in METHODS for s in (0, 1)])
+    theirs = train_cohort(
+        [Planned(lanes(world, m, run_id=f"{m}-peft", training__engine="peft"), s) for m in METHODS for s in (0, 1)]
+    )
+    for a, b in zip(ours, theirs, strict=True):
+        assert a.status == b.status == "complete", a.error
+        one, other = logits(world, a.run_id, a.seed), logits(world, b.run_id, b.seed)
+        np.testing.assert_allclose(one, other, rtol=1e-3, atol=1e-4)
+        assert a.parameters == b.parameters and a.steps == b.steps == 22
+        assert [m.rank for m in a.matrices] == [m.rank for m in b.matrices]
+        for mine, pefts in zip(a.matrices, b.matrices, strict=True):
+            assert mine.delta_norm == pytest.approx(pefts.delta_norm, rel=1e-3, abs=1e-5)
+            if a.arm == "fw_lora":
+                assert mine.importance == pytest.approx(pefts.importance, rel=1e-3)
+                assert mine.weight == pytest.approx(pefts.weight, rel=1e-3)
+        for mine, pefts in zip(a.epochs, b.epochs, strict=True):
+            assert mine.train_loss == pytest.approx(pefts.train_loss, rel=1e-3)
+            assert mine.learning_rate == pytest.approx(pefts.learning_rate)
+        assert a.times is not None and b.times is not None
+        assert set(a.times.phases) == set(b.times.phases)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_lanes_adapter_is_read_by_vanilla_peft(world, method):
+    cfg = lanes(world, method)
+    (record,) = train_cohort([Planned(cfg, 0)])
+    backbone = load_backbone(cfg.model)
+    data = load_task(cfg.dataset)
+    model = build_classifier(backbone, data.spec, seed=99)
+    model = PeftModel.from_pretrained(model, str(world.results / method / "seed-0" / "adapter")).eval()
+    table = tokenize(data.dev, backbone.tokenizer, cfg.dataset.max_length, True)
+    batch = collate(table, loop.torch.arange(len(table)), 0, "longest", cfg.dataset.max_length)
+    del batch["labels"]
+    got = model(**batch).logits.detach().numpy()
+    np.testing.assert_allclose(got, logits(world, method, 0), rtol=1e-3, atol=1e-5)
+    assert record.status == "complete"
+
+
+def test_a_lane_in_company_gives_the_record_that_it_gives_alone(tmp_path):
+    """With dropout everywhere, more runs than lanes, and runs of different length: lanes are refilled."""
+    world = World(tmp_path, dropout=0.1)
+    plans = [
+        Planned(world.config(m, run_id=f"{m}-{e}", training__engine="lanes", training__epochs=e), s)
+        for m, e in (("lora", 2), ("fw_lora", 3), ("lora", 1))
+        for s in (0, 1)
+    ]
+    together = train_cohort(plans)
+    assert [r.status for r in together] == ["complete"] * 6
+    kept = {(r.run_id, r.seed): logits(world, r.run_id, r.seed) for r in together}
+    for plan in plans:
+        (alone,) = train_cohort([plan], again=True)
+        one = logits(world, alone.run_id, alone.seed)
+        np.testing.assert_allclose(one, kept[alone.run_id, alone.seed], rtol=1e-4, atol=1e-5)
+
+
+def test_a_run_that_diverges_fails_alone(world):
+    events = []
+    plans = [
+        Planned(lanes(world, "lora"), 0),
+        Planned(lanes(world, "lora", run_id="wild", training__learning_rate=1e30, training__max_grad_norm=None), 0),
+        Planned(lanes(world, "fw_lora"), 0),
+    ]
+    records: list[Record] = train_cohort(plans, events.append)
+    assert [r.status for r in records] == ["complete", "failed", "complete"]
+    assert records[1].error is not None and "diverged" in records[1].error.message
+    assert sum(isinstance(e, RunFailed) for e in events) == 1
+    (alone,) = train_cohort([plans[0]], again=True)
+    assert alone.epochs[-1].train_loss == pytest.approx(records[0].epochs[-1].train_loss, rel=1e-5)
+
+
+def test_what_is_there_is_not_trained_again(world, monkeypatch):
+    plans = [Planned(lanes(world, "lora"), s) for s in (0, 1)]
+    train_cohort(plans)
+    monkeypatch.setattr(loop, "_lanes_for", lambda *_: pytest.fail("nothing is left to train"))
+    assert [r.status for r in train_cohort(plans)] == ["complete"] * 2
+
+
+def test_ctrl_c_leaves_nothing_and_gives_the_locks_back(world):
+    def interrupt(event) -> None:
+        if not isinstance(event, Note) and "Evaluated" in type(event).__name__:
+            raise KeyboardInterrupt
+
+    plans = [Planned(lanes(world, "lora"), s) for s in (0, 1)]
+    with pytest.raises(KeyboardInterrupt):
+        train_cohort(plans, interrupt)
+    assert not list(world.results.glob("lora/seed-*"))
+    assert [r.status for r in train_cohort(plans)] == ["complete"] * 2
