@@ -16,6 +16,7 @@ import time
 
 import numpy as np
 import torch
+from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForSequenceClassification
 
 import fwlora
@@ -25,80 +26,11 @@ from fwlora_lab.backbones import head_modules, load_backbone, target_linears
 from fwlora_lab.compose import load_run
 from fwlora_lab.records import cpu_name
 
-# Word pieces per sentence of CoLA's training set with [CLS] and [SEP]: the lengths that occur, and how often each does.
+# Word pieces of a sentence in CoLA's training set, [CLS] and [SEP] counted, and how many sentences have so many.
 COLA_LENGTHS = (
-    (
-        4,
-        5,
-        6,
-        7,
-        8,
-        9,
-        10,
-        11,
-        12,
-        13,
-        14,
-        15,
-        16,
-        17,
-        18,
-        19,
-        20,
-        21,
-        22,
-        23,
-        24,
-        25,
-        26,
-        27,
-        28,
-        29,
-        30,
-        31,
-        32,
-        33,
-        35,
-        37,
-        40,
-        47,
-    ),
-    (
-        7,
-        129,
-        310,
-        649,
-        979,
-        1154,
-        1129,
-        916,
-        797,
-        574,
-        452,
-        334,
-        235,
-        182,
-        145,
-        125,
-        96,
-        66,
-        67,
-        66,
-        41,
-        26,
-        21,
-        17,
-        6,
-        8,
-        6,
-        1,
-        8,
-        1,
-        1,
-        1,
-        1,
-        1,
-    ),
+    "4:7 5:129 6:310 7:649 8:979 9:1154 10:1129 11:916 12:797 13:574 14:452 15:334 16:235 17:182 18:145 "
+    "19:125 20:96 21:66 22:67 23:66 24:41 25:26 26:21 27:17 28:6 29:8 30:6 31:1 32:8 33:1 35:1 37:1 40:1 "
+    "47:1"
 )
 BATCH, RANK, WHOLE, K = 32, 4, 800, 200
 
@@ -111,8 +43,6 @@ class Contestant:
         backbone = load_backbone(cfg.model)
         torch.manual_seed(0)
         model = AutoModelForSequenceClassification.from_pretrained(backbone.path_or_id, num_labels=2)
-        from peft import LoraConfig, get_peft_model
-
         names = target_linears(model, cfg.model.lora.target_modules)
         self.model = get_peft_model(
             model,
@@ -136,7 +66,7 @@ class Contestant:
 
 def draw(generator: np.random.Generator) -> dict[str, torch.Tensor]:
     """A batch of random word pieces with CoLA's lengths: timing does not depend on what they say."""
-    values, counts = (np.array(column) for column in COLA_LENGTHS)
+    values, counts = np.array([pair.split(":") for pair in COLA_LENGTHS.split()], dtype=int).T
     lengths = torch.from_numpy(generator.choice(values, BATCH, p=counts / counts.sum()))
     mask = torch.arange(int(lengths.max()))[None] < lengths[:, None]
     ids = torch.from_numpy(generator.integers(1000, 30000, mask.shape))
