@@ -19,8 +19,8 @@ module and several processes are summed before the norm is taken, as they are fo
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -29,6 +29,29 @@ if TYPE_CHECKING:
     from jaxtyping import Float
 
 ESTIMATORS = ("exact", "sketch", "adapter", "per_example")
+
+
+class _Tap(torch.autograd.Function):
+    """x goes through `save_for_backward`, so that gradient checkpointing frees and recomputes it as any other
+    activation; where the checkpointed forward runs without gradients, the tap sits in the recomputed graph."""
+
+    @staticmethod
+    def forward(ctx: Any, y: Tensor, x: Tensor, sink: Callable[[Tensor, Tensor], None]) -> Tensor:
+        ctx.save_for_backward(x)
+        ctx.sink = sink
+        return y.view_as(y)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        (x,) = ctx.saved_tensors
+        with torch.no_grad():
+            ctx.sink(grads[0], x)
+        return grads[0], None, None
+
+
+def tap(y: Tensor, x: Tensor, sink: Callable[[Tensor, Tensor], None]) -> Tensor:
+    """y unchanged, such that the backward pass calls `sink(∂L/∂y, x)`: a layer's G and X, without a weight gradient."""
+    return _Tap.apply(y, x.detach(), sink)  # type: ignore[return-value]
 
 
 def _rows(t: Float[Tensor, "*batch d"]) -> Float[Tensor, "n d"]:

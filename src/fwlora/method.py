@@ -131,27 +131,6 @@ class FWLoraConfig:
         return steps
 
 
-class _Tap(torch.autograd.Function):
-    """The identity on a layer's output, which hands (∂L/∂y, x) on in the backward pass.
-
-    x goes through `save_for_backward`, so that gradient checkpointing frees and recomputes it as any other
-    activation; where the checkpointed forward runs without gradients, the tap sits in the recomputed graph.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, y: Tensor, x: Tensor, sink: Callable[[Tensor, Tensor], None]) -> Tensor:
-        ctx.save_for_backward(x)
-        ctx.sink = sink
-        return y.view_as(y)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Any) -> Any:
-        (x,) = ctx.saved_tensors
-        with torch.no_grad():
-            ctx.sink(grads[0], x)
-        return grads[0], None, None
-
-
 class FisherWeightedLoRA:
     """What `attach` returns: the method at work on one model and one optimizer.
 
@@ -332,7 +311,7 @@ class FisherWeightedLoRA:
                 # The gradients were zeroed without a step, as a GradScaler does after an overflow.
                 self._forget()
             x = args[0] if args else kwargs["x"]
-            return _Tap.apply(output, x.detach(), sink)  # type: ignore[return-value]
+            return estimators.tap(output, x, sink)
 
         return hook
 

@@ -122,24 +122,8 @@ class LaneLinear(nn.Module):
         low = torch.bmm(lanes.adapter_dropout(x), a.mT) * lanes.scales
         y = torch.baddbmm(y, low, b.mT)
         if lanes.watching:
-            y = _Tap.apply(y, x.detach(), lambda g, x: lanes.watch(self.name, g, x))
-        return y  # type: ignore[return-value]
-
-
-class _Tap(torch.autograd.Function):
-    """The identity on y, handing (∂L/∂y, x) on in the backward pass."""
-
-    @staticmethod
-    def forward(ctx, y, x, sink):  # type: ignore[override]
-        ctx.save_for_backward(x)
-        ctx.sink = sink
-        return y.view_as(y)
-
-    @staticmethod
-    def backward(ctx, g):  # type: ignore[override]
-        with torch.no_grad():
-            ctx.sink(g, *ctx.saved_tensors)
-        return g, None, None
+            y = estimators.tap(y, x, lambda g, x: lanes.watch(self.name, g, x))
+        return y
 
 
 class LaneDropout(nn.Module):
