@@ -25,6 +25,8 @@ LAB = [
     "backbones",
     "doctor",
     "records",
+    "stats",
+    "verdicts",
     "packing",
     "lanes",
     "methods",

@@ -275,7 +275,8 @@ def compare(
     mean = float(values.mean()) if seeds else None
     why = why_silent(values)
     if why:
-        return Comparison(method, reference, differences, mean, None, None, None, None, None, None, why)
+        sd = float(values.std(ddof=1)) if len(seeds) > 1 else None
+        return Comparison(method, reference, differences, mean, sd, None, None, None, None, None, why)
     both = two_way(predictions, method, reference, seeds, rng, draws) if predictions is not None else None
     return Comparison(
         method=method,
@@ -467,6 +468,6 @@ def _summary(by_seed: Mapping[int, float], level: float) -> Summary:
     seeds = {seed: float(by_seed[seed]) for seed in sorted(by_seed)}
     values = np.array(list(seeds.values()))
     why = why_silent(values)
-    if why:
-        return Summary(seeds, float(values.mean()) if seeds else None, None, None, why)
-    return Summary(seeds, float(values.mean()), float(values.std(ddof=1)), t_interval(values, level), None)
+    mean = float(values.mean()) if seeds else None
+    sd = float(values.std(ddof=1)) if len(seeds) > 1 else None
+    return Summary(seeds, mean, sd, None if why else t_interval(values, level), why)

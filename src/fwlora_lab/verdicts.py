@@ -1,0 +1,527 @@
+"""Claims as data, and what the records say about each: holds, fails or undecided.
+
+A claim puts a quantity into a region: a paired difference of metrics, a paired ratio of seconds, or a method's own
+mean. With an interval of the quantity over seeds the verdict can be read off: the claim holds where the interval lies
+inside the region, fails where it lies outside, and is undecided where it crosses the border or where there is no
+interval. All claims of a table are one family for Holm's method.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
+
+from fwlora_lab import stats
+from fwlora_lab.errors import UserError
+from fwlora_lab.records import Record, RunDir, load_predictions
+
+State = Literal["holds", "fails", "undecided"]
+Relation = Literal["greater", "not_worse", "equivalent", "at_most", "between"]
+
+FIRST_SEEDS = 10  # asked for where the records cannot yet say how many it takes
+
+
+class _Data(BaseModel):
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False)
+
+
+class Scope(_Data):
+    """Where a claim is made: the task's name and the budget in percent of the backbone's parameters."""
+
+    task: str
+    budget: float
+
+
+class Claim(_Data):
+    """One claim: θ of `method` stands in `relation` to `margin`.
+
+    θ is the mean over seeds of metric(method) − metric(reference), metrics as fractions; of a metric that ends in
+    "seconds" it is the geometric mean of method/reference; without a reference it is the method's own mean.
+
+    - greater: θ > margin
+    - not_worse: θ > −margin (non-inferiority: "almost all of")
+    - equivalent: −margin < θ < margin
+    - at_most: θ ≤ margin
+    - between: margin[0] ≤ θ ≤ margin[1]
+
+    `source` says where the claim and its margin come from.
+    """
+
+    metric: str
+    method: str
+    reference: str | None = None
+    relation: Relation
+    margin: float | tuple[float, float]
+    scope: Scope
+    source: str = ""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _pair(cls, data: object) -> object:
+        # YAML and JSON have lists only.
+        if isinstance(data, dict) and isinstance(data.get("margin"), list):
+            return data | {"margin": tuple(data["margin"])}
+        return data
+
+    @model_validator(mode="after")
+    def _fits(self) -> Claim:
+        if (self.relation == "between") != isinstance(self.margin, tuple):
+            raise ValueError("margin: two numbers for the relation `between`, one for every other")
+        if isinstance(self.margin, tuple) and not self.margin[0] < self.margin[1]:
+            raise ValueError("margin: the first number must be smaller than the second")
+        if self.relation in ("not_worse", "equivalent"):
+            if self.is_time or self.reference is None:
+                raise ValueError(f"relation: {self.relation} compares a metric (not seconds) with a reference's")
+            if isinstance(self.margin, float) and self.margin <= 0:
+                raise ValueError("margin: must be above 0, no number of seeds shows that two methods are exactly equal")
+        if self.is_ratio and min(self.margin if isinstance(self.margin, tuple) else (self.margin,)) <= 0:
+            raise ValueError("margin: a ratio of seconds is compared with numbers above 0")
+        if self.method == self.reference:
+            raise ValueError("reference: is the method itself")
+        return self
+
+    @property
+    def is_time(self) -> bool:
+        return self.metric.endswith("seconds")
+
+    @property
+    def is_ratio(self) -> bool:
+        return self.is_time and self.reference is not None
+
+    @property
+    def region(self) -> tuple[float, float]:
+        """The θ for which the claim is true, from lowest to highest."""
+        if isinstance(self.margin, tuple):
+            return self.margin
+        return {
+            "greater": (self.margin, math.inf),
+            "not_worse": (-self.margin, math.inf),
+            "equivalent": (-self.margin, self.margin),
+            "at_most": (-math.inf, self.margin),
+        }[self.relation]
+
+    @property
+    def statement(self) -> str:
+        """The claim in words, metrics in points (hundredths)."""
+        low, high = self.region
+        where = f"on {self.scope.task} at {self.scope.budget:g} %"
+        if self.is_time:
+            unit, times = (f" x {self.reference}'s", 1) if self.is_ratio else ("", 1)
+        else:
+            unit, times = ("" if self.reference is None else " points"), 100
+        lo, hi = f"{low * times:.4g}", f"{high * times:.4g}"
+        subject = f"{self.method}'s {self.metric.replace('_', ' ')}"
+        if self.is_ratio or self.reference is None:
+            words = {"greater": f"is above {lo}", "at_most": f"is at most {hi}", "between": f"is {lo} to {hi}"}
+            return f"{subject} {words[self.relation]}{unit} {where}"
+        words = {
+            "greater": "is above {ref}" if low == 0 else f"is more than {lo}{unit} above {{ref}}",
+            "not_worse": f"is less than {float(lo) * -1:g}{unit} below {{ref}}, or above it,",
+            "equivalent": f"is within {hi}{unit} of {{ref}}",
+            "at_most": f"is at most {hi}{unit} above {{ref}}",
+            "between": f"is {lo} to {hi}{unit} above {{ref}}",
+        }
+        return f"{subject} {words[self.relation].format(ref=self.reference + chr(39) + 's')} {where}"
+
+
+def request_claims() -> tuple[Claim, ...]:
+    """What the request claims at 0.2 %, with the margins that this house has put to its words."""
+    claims = []
+    expected = {
+        # metric, {method: value}, margin of "almost all of", tolerance of a table row
+        "sst2": ("accuracy", {"lora": 0.931, "adalora": 0.943, "fw_lora": 0.941}, 0.005, 0.005),
+        "cola": ("matthews_correlation", {"lora": 0.550, "adalora": 0.578, "fw_lora": 0.575}, 0.01, 0.015),
+    }
+    for task, (metric, table, margin, tolerance) in expected.items():
+        scope = Scope(task=task, budget=0.2)
+        gain = table["adalora"] - table["lora"]
+        claims += [
+            Claim(
+                metric=metric,
+                method="fw_lora",
+                reference="adalora",
+                relation="not_worse",
+                margin=margin,
+                scope=scope,
+                source="FW-LoRA matches or slightly exceeds AdaLoRA, by almost its entire gain; "
+                f"the margin is {margin / gain:.0%} of the {100 * gain:.1f} points expected of AdaLoRA over LoRA",
+            ),
+            Claim(
+                metric=metric,
+                method="fw_lora",
+                reference="lora",
+                relation="greater",
+                margin=0.0,
+                scope=scope,
+                source="the expected table puts FW-LoRA above LoRA",
+            ),
+        ]
+        claims += [
+            Claim(
+                metric=metric,
+                method=method,
+                relation="between",
+                margin=(round(value - tolerance, 4), round(value + tolerance, 4)),
+                scope=scope,
+                source=f"the expected table: {100 * value:.1f}; a row is met within {100 * tolerance:g} points, "
+                "about what published results of one method differ by",
+            )
+            for method, value in table.items()
+        ]
+        claims += [
+            Claim(
+                metric="train_seconds",
+                method="fw_lora",
+                reference="lora",
+                relation="at_most",
+                margin=1.01,
+                scope=scope,
+                source="training time: FW-LoRA 1.01 x LoRA, less than 1 % slower",
+            ),
+            Claim(
+                metric="train_seconds",
+                method="adalora",
+                reference="lora",
+                relation="between",
+                margin=(1.10, 1.20),
+                scope=scope,
+                source="training time: AdaLoRA 1.12 x LoRA, 10 to 20 % extra run time",
+            ),
+            Claim(
+                metric="train_seconds",
+                method="fw_lora",
+                reference="adalora",
+                relation="between",
+                margin=(0.8696, 0.9091),
+                scope=scope,
+                source="FW-LoRA is 10 to 15 % faster than AdaLoRA, read as speed: 1/1.15 to 1/1.10 of its time",
+            ),
+        ]
+    return tuple(claims)
+
+
+def read_claims(rows: object, where: str) -> tuple[Claim, ...]:
+    """Claims from a list of mappings, as YAML gives them; `where` (file and key) goes into the messages.
+
+    Raises:
+        UserError: it is no list, a claim is not well formed, or one is made twice.
+    """
+    if not isinstance(rows, Sequence) or isinstance(rows, str):
+        raise UserError(f"{where}: a list of claims is needed, each with metric, method, relation, margin and scope.")
+    claims = []
+    for number, row in enumerate(rows):
+        try:
+            claim = Claim.model_validate(row)
+        except ValidationError as error:
+            first = error.errors()[0]
+            key = ".".join(map(str, (number, *first["loc"])))
+            raise UserError(f"{where}.{key}: {first['msg'].removeprefix('Value error, ')}.") from error
+        if any(claim.model_copy(update={"source": c.source}) == c for c in claims):
+            raise UserError(f"{where}.{number}: this claim is made twice ({claim.statement}); delete one.")
+        claims.append(claim)
+    return tuple(claims)
+
+
+@dataclass(frozen=True, eq=False)
+class Cell:
+    """The runs of one task and one budget: `scores[metric][method][seed]`, seconds among the metrics.
+
+    `predictions` are of the primary metric; `failed[method]` are the seeds that left no score.
+    """
+
+    scores: Mapping[str, stats.Scores]
+    predictions: stats.Predictions | None = None
+    failed: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+
+
+def cell(runs: Mapping[str, Sequence[Record]], results_dir: str | Path | None = None) -> Cell:
+    """The cell of the records `runs[method]` of one task and one budget; predictions are read from `results_dir`.
+
+    Besides the task's metrics it has train_seconds, steady_seconds and eval_seconds, and seconds per optimiser step of
+    either phase: steady_step_seconds and fisher_step_seconds. A method without a Fisher phase takes its ordinary step
+    all along, so both are the same, and a ratio to it is what the phase costs.
+
+    Raises:
+        UserError: the records are not of the same data, split and primary metric, or a file cannot be read.
+    """
+    done = {method: [r for r in records if r.status == "complete"] for method, records in runs.items()}
+    failed = {m: tuple(sorted(r.seed for r in records if r.status == "failed")) for m, records in runs.items()}
+    complete = [record for records in done.values() for record in records]
+    for record in complete[1:]:
+        for key in ("data_fingerprint", "evaluated_on", "primary_metric"):
+            if getattr(record, key) != getattr(complete[0], key):
+                raise UserError(
+                    f"{record.run_id} (seed {record.seed}) and {complete[0].run_id} (seed {complete[0].seed}) cannot "
+                    f"be compared: their {key} differ. Train one of them again, or compare them in two studies."
+                )
+    scores: dict[str, dict[str, dict[int, float]]] = {}
+    for method, records in done.items():
+        for record in records:
+            for metric, value in (record.metrics | _seconds(record)).items():
+                scores.setdefault(metric, {}).setdefault(method, {})[record.seed] = value
+    predictions = None
+    if complete and results_dir is not None:
+        predictions = _predictions(complete[0].primary_metric, done, Path(results_dir))
+    return Cell(scores, predictions, {method: seeds for method, seeds in failed.items() if seeds})
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What the records say about a claim.
+
+    `estimate` and the intervals are of the claim's θ. `interval` has the nominal 95 %; the verdict is read off
+    `family_interval`, which is wider because many claims are judged at once; `p` is Holm's adjusted p-value of the
+    decision. All three are over seeds, for these examples; `new_examples` is the verdict with the two-way `TwoWay`
+    interval (at the level of `family_interval`), for other examples as well. `needed` is the number of seeds that
+    would decide with 80 % power if the estimate were true, `settle` the command for it.
+    """
+
+    claim: Claim
+    state: State
+    seeds: tuple[int, ...]
+    estimate: float | None
+    interval: stats.Interval | None
+    family_interval: stats.Interval | None
+    p: float | None
+    new_examples: State | None
+    two_way_interval: stats.Interval | None
+    needed: int | None
+    settle: str | None
+    reason: str
+
+    @property
+    def n(self) -> int:
+        return len(self.seeds)
+
+
+def judge(
+    claims: Sequence[Claim],
+    cells: Mapping[tuple[str, float], Cell],
+    study: str,
+    rng: np.random.Generator,
+    alpha: float = 0.05,
+    draws: int = 10_000,
+) -> list[Verdict]:
+    """The verdict of every claim, from `cells[task, budget]`; all claims together are one family.
+
+    With probability 1 − `alpha` or more no verdict of the table is false. A claim without data stays a member of
+    the family, so that verdicts do not change by leaving out what has not been run. `rng` and `draws` are for the bootstrap.
+
+    Raises:
+        UserError: a claim's metric is not among those that its runs recorded.
+    """
+    samples = [_sample(claim, cells.get((claim.scope.task, claim.scope.budget))) for claim in claims]
+    regions = [_on_scale(claim, claim.region) for claim in claims]
+    decisions = decide([values for _, values in samples], regions, alpha)
+    bootstraps: dict[tuple, stats.TwoWay | None] = {}
+    verdicts = []
+    for claim, (seeds, values), region, decision in zip(claims, samples, regions, decisions, strict=True):
+        where = cells.get((claim.scope.task, claim.scope.budget), Cell({}))
+        key = (claim.scope, claim.metric, claim.method, claim.reference)
+        if key not in bootstraps:
+            bootstraps[key] = _bootstrap(claim, where, seeds, rng, draws)
+        verdicts.append(_explain(claim, where, seeds, values, region, decision, bootstraps[key], study, alpha))
+    return verdicts
+
+
+@dataclass(frozen=True)
+class Decision:
+    """A claim's state, its adjusted p-value (None without a test), and the level of the interval that shows it."""
+
+    state: State
+    p: float | None
+    level: float
+
+
+def decide(
+    samples: Sequence[np.ndarray], regions: Sequence[tuple[float, float]], alpha: float = 0.05
+) -> list[Decision]:
+    """Put the mean of each of `samples` [n] inside or outside its region, as one family.
+
+    A claim's p-value is twice the one-sided p of its weaker border ("holds") or of its better crossed one ("fails"):
+    p < α exactly where the t interval of level 1 − α lies inside or outside. Holm's method takes the claims from the
+    smallest p on, the k-th of K at α/(K − k + 1), and ends at the first that is not decided.
+    """
+    tested = [None if stats.why_silent(v) else _p_value(v, r) for v, r in zip(samples, regions, strict=True)]
+    adjusted = stats.holm([None if t is None else t[0] for t in tested])
+    order = sorted((t[0], i) for i, t in enumerate(tested) if t is not None)
+    size = len(samples)
+    first_open = next((k for k, (_, i) in enumerate(order) if (adjusted[i] or 0) >= alpha), len(order))
+    ranks = {i: min(k, first_open) for k, (_, i) in enumerate(order)}
+    decisions = []
+    for i, test in enumerate(tested):
+        p = adjusted[i]
+        level = 1 - alpha / (size - ranks.get(i, min(first_open, size - 1)))
+        state: State = test[1] if test is not None and p is not None and p < alpha else "undecided"
+        decisions.append(Decision(state, p, level))
+    return decisions
+
+
+def _p_value(values: np.ndarray, region: tuple[float, float]) -> tuple[float, State]:
+    low, high = region
+    above_low = 0.0 if low == -math.inf else stats.t_above(values, low)  # p of "θ ≤ low"
+    below_high = 0.0 if high == math.inf else stats.t_above(-values, -high)
+    holds = 2 * max(above_low, below_high)
+    fails = 2 * min(1 - above_low, 1 - below_high)
+    return min(1.0, holds, fails), "holds" if holds < fails else "fails"
+
+
+def _place(interval: stats.Interval, region: tuple[float, float]) -> State:
+    low, high = region
+    if low < interval.low and interval.high < high:
+        return "holds"
+    return "fails" if interval.high < low or interval.low > high else "undecided"
+
+
+def _sample(claim: Claim, where: Cell | None) -> tuple[tuple[int, ...], np.ndarray]:
+    """The seeds and, on the scale of the test (logarithms of ratios), the values whose mean is θ."""
+    if where is None or not where.scores:
+        return (), np.array([])
+    if claim.metric not in where.scores:
+        raise UserError(
+            f"claims: no run on {claim.scope.task} at {claim.scope.budget:g} % recorded {claim.metric!r}; "
+            f"they recorded {', '.join(sorted(where.scores))}."
+        )
+    scores = where.scores[claim.metric]
+    if claim.reference is None:
+        own = scores.get(claim.method, {})
+        seeds = tuple(sorted(own))
+        return seeds, np.array([own[seed] for seed in seeds], dtype=float)
+    seeds, a, b = stats.paired(scores, claim.method, claim.reference)
+    return seeds, np.log(a / b) if claim.is_ratio else a - b
+
+
+def _on_scale(claim: Claim, region: tuple[float, float]) -> tuple[float, float]:
+    if not claim.is_ratio:
+        return region
+    low, high = region
+    return -math.inf if low <= 0 else math.log(low), math.inf if high == math.inf else math.log(high)
+
+
+def _shown(claim: Claim, interval: stats.Interval) -> stats.Interval:
+    if not claim.is_ratio:
+        return interval
+    return stats.Interval(math.exp(interval.low), math.exp(interval.high), interval.level)
+
+
+def _bootstrap(
+    claim: Claim, where: Cell, seeds: tuple[int, ...], rng: np.random.Generator, draws: int
+) -> stats.TwoWay | None:
+    if where.predictions is None or where.predictions.metric != claim.metric:
+        return None
+    return stats.two_way(where.predictions, claim.method, claim.reference, seeds, rng, draws)
+
+
+def _explain(
+    claim: Claim,
+    where: Cell,
+    seeds: tuple[int, ...],
+    values: np.ndarray,
+    region: tuple[float, float],
+    decision: Decision,
+    bootstrap: stats.TwoWay | None,
+    study: str,
+    alpha: float,
+) -> Verdict:
+    names = [name for name in (claim.method, claim.reference) if name is not None]
+    lost = {name: where.failed[name] for name in names if name in where.failed}
+    left_out = "".join(
+        f" Left out: {name} failed for seed{'s' if len(s) > 1 else ''} {', '.join(map(str, s))}."
+        for name, s in lost.items()
+    )
+    mean = float(values.mean()) if seeds else None
+    estimate = None if mean is None else math.exp(mean) if claim.is_ratio else mean
+    silent = stats.why_silent(values)
+    if silent or mean is None:
+        without = [n for n in names if not where.scores.get(claim.metric, {}).get(n)]
+        why = f"no finished run of {' and '.join(without)}" if without else silent
+        settle = _command(study, max(FIRST_SEEDS, 2 * len(seeds)), seeds)
+        return Verdict(
+            claim, "undecided", seeds, estimate, None, None, None, None, None, None, settle, f"{why}.{left_out}"
+        )
+
+    family = stats.t_interval(values, decision.level)
+    two_way = bootstrap.interval(decision.level) if bootstrap is not None else None
+    new_examples = None if two_way is None else _place(two_way, region)
+    needed = settle = None
+    family_size = f"Holm's {100 * decision.level:.4g} % interval"
+    if decision.state == "undecided":
+        inside = region[0] < mean < region[1]
+        borders = [abs(mean - b) for b in region if math.isfinite(b)]
+        needed = stats.seeds_needed(
+            float(values.std(ddof=1)), *(borders if inside else [min(borders)]), alpha=1 - decision.level
+        )
+        if needed is None:
+            reason = f"{family_size} crosses the margin, and the estimate is so near to it that 1000 seeds may not do."
+        else:
+            needed = max(needed, len(seeds) + 1)
+            reason = f"{family_size} crosses the margin; with this estimate and spread about {needed} seeds decide it."
+            settle = _command(study, needed, seeds)
+    else:
+        reason = f"{family_size} over seeds lies {'inside' if decision.state == 'holds' else 'outside'} the margin."
+    if new_examples is not None and new_examples != decision.state:
+        reason += f" That is for these examples; for new ones it is {new_examples}."
+    return Verdict(
+        claim=claim,
+        state=decision.state,
+        seeds=seeds,
+        estimate=estimate,
+        interval=_shown(claim, stats.t_interval(values, 1 - alpha)),
+        family_interval=_shown(claim, family),
+        p=decision.p,
+        new_examples=new_examples,
+        two_way_interval=two_way,
+        needed=needed,
+        settle=settle,
+        reason=reason + left_out,
+    )
+
+
+def _command(study: str, n: int, seeds: Sequence[int]) -> str:
+    first = min(seeds, default=0)
+    return f"fwlora compare study={study} seeds={first}..{max(first + n - 1, max(seeds, default=0))}"
+
+
+def _seconds(record: Record) -> dict[str, float]:
+    times = record.times
+    if times is None or record.steps == 0 or times.train_seconds <= 0:
+        return {}
+    seconds = {
+        "train_seconds": times.train_seconds,
+        "steady_seconds": times.steady_seconds,
+        "eval_seconds": times.eval_seconds,
+    }
+    steps = 0
+    if times.fisher_seconds > 0:
+        warmup = record.config["fw_lora"]["warmup_steps"]
+        steps = warmup if isinstance(warmup, int) else max(1, round(warmup * record.total_steps))
+    if 0 <= steps < record.steps:
+        steady = times.steady_seconds / (record.steps - steps)
+        seconds["steady_step_seconds"] = steady
+        seconds["fisher_step_seconds"] = times.fisher_seconds / steps if steps else steady
+    return seconds
+
+
+def _predictions(metric: str, done: Mapping[str, Sequence[Record]], folder: Path) -> stats.Predictions | None:
+    if not stats.can_be_resampled(metric):
+        return None
+    outputs: dict[str, dict[int, np.ndarray]] = {}
+    common = None
+    for method, records in done.items():
+        for record in records:
+            path = RunDir(folder, record.run_id, record.seed).path
+            if not (path / "predictions.npz").exists():
+                continue
+            logits, labels = load_predictions(path)
+            if common is not None and not np.array_equal(common, labels):
+                raise UserError(f"{path / 'predictions.npz'}: its labels are not those of the other runs.")
+            common = labels
+            classes = logits.shape[1] > 1
+            outputs.setdefault(method, {})[record.seed] = logits.argmax(axis=1) if classes else logits[:, 0]
+    return None if common is None else stats.Predictions(metric, common, outputs)
