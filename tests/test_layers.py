@@ -20,6 +20,8 @@ LAB = [
     "errors",
     "runconfig",
     "compose",
+    "request",
+    "generate",
     "offline",
     "tasks",
     "backbones",

@@ -370,6 +370,7 @@ class Lanes:
         self.model.train()
         self.watching = self._is_watching()
         self.grads.zero_()
+        packed = packed.to(self.device)
         losses = self._losses(self.logits(packed), packed, regression)
         losses.sum().backward()
         self.watching = False
@@ -393,7 +394,7 @@ class Lanes:
     def predict(self, packed: Packed, lanes: Sequence[int]) -> Tensor:
         """Logits without dropout, as `logits`."""
         self.model.eval()
-        return self.logits(packed, lanes)
+        return self.logits(packed.to(self.device), lanes)
 
     @staticmethod
     def _losses(logits: Tensor, packed: Packed, regression: bool) -> Tensor:

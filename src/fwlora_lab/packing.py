@@ -55,6 +55,24 @@ class Packed:
     blocks: tuple[Block, ...]
     back: Tensor
 
+    def to(self, device: torch.device) -> Packed:
+        """The same batch on `device`."""
+
+        def moved(t: Tensor) -> Tensor:
+            return t.to(device, non_blocking=True)
+
+        return Packed(
+            moved(self.tokens),
+            None if self.types is None else moved(self.types),
+            moved(self.positions),
+            self.counts,
+            moved(self.first),
+            moved(self.labels),
+            moved(self.weights),
+            tuple(Block(moved(b.rows), moved(b.keep), b.lanes) for b in self.blocks),
+            moved(self.back),
+        )
+
 
 def pack(table: TokenTable, batches: Sequence[Tensor], dtype: torch.dtype = torch.float32) -> Packed:
     """The examples `batches[e]` (int64 [b_e]) of the table, one lane a row."""

@@ -95,7 +95,11 @@ class Epoch(_Row):
 
 
 class Times(_Row):
-    """Seconds. Training leaves evaluation out; it is `fisher` + `steady`, the sum of `phases`."""
+    """Seconds. Training leaves evaluation out; it is `fisher` + `steady`, the sum of `phases`.
+
+    With training.engine=lanes they are the run's even share of what all lanes took together: good for planning,
+    no measure of one method against another.
+    """
 
     train_seconds: float
     fisher_seconds: float

@@ -26,7 +26,8 @@ from fwlora_lab.errors import UserError
 from fwlora_lab.runconfig import Dimension, Positive, RunId, Text, issues_of, listing, nearest
 
 MAX_YAML_BYTES = 1_000_000
-MAX_BYTES = 20_000_000  # a research history carries whole papers
+MAX_BYTES = 5_000_000  # a research history carries whole papers
+MAX_KEY = 1_000
 MAX_DEPTH = 100
 
 # ---------------------------------------------------------------------------------------------
@@ -172,7 +173,9 @@ def read_request(source: str) -> Request:
         if found is not None:
             plain, spelling = _from_airas(found, "")
             examples = _run_configs(found, source)
-            return Request(source, _checked(plain, source, {}, spelling), spelling, {}, examples, _commits(found.design))
+            return Request(
+                source, _checked(plain, source, {}, spelling), spelling, {}, examples, _commits(found.design)
+            )
         return Request(source, _checked(data, source, {}, {}))
     if re.search(r"^#{1,2} Experimental Design\s*$", text, re.M):
         return _read_prompt(text, source)
@@ -207,6 +210,8 @@ def _read_json(text: str, where: str) -> Any:
     def pairs(items: list[tuple[str, Any]]) -> dict[str, Any]:
         seen: dict[str, Any] = {}
         for key, value in items:
+            if len(key) > MAX_KEY:
+                raise UserError(f"{where}: the key {one_line(key, 60)!r} is {len(key):,} characters long")
             if key in seen:
                 raise UserError(f"{where}: the key {one_line(key)!r} stands twice in one block: keep one")
             if key == "_target_":
@@ -250,6 +255,9 @@ def _read_yaml(text: str, where: str) -> tuple[dict[str, Any], dict[str, int]]:
         lines, faults = _inspect(node)
         if faults:
             raise UserError(listing([f"{where}:{line}: {fault}" for line, fault in faults]))
+        longest = max(lines, key=len, default="")
+        if len(longest) > MAX_KEY:
+            raise UserError(f"{where}: the key {one_line(longest, 60)!r} is {len(longest):,} characters long")
         return loader.construct_document(node), lines
     except yaml.MarkedYAMLError as error:
         raise UserError(one_line(_syntax_message(Path(where), error), 400)) from None
@@ -343,16 +351,15 @@ def _from_airas(found: _Airas, prefix: str) -> tuple[dict[str, Any], dict[str, s
             plain[ours] = found.design[theirs]
     if isinstance(plain.get("proposed_method"), dict):
         plain["proposed_method"] = _airas_method(plain["proposed_method"])
-    for name in ("comparative_methods", "metrics"):
-        if isinstance(plain.get(name), list):
-            plain[name] = [_airas_method(m) if isinstance(m, dict) else m for m in plain[name]]
-    if "metrics" in plain and isinstance(plain["metrics"], list):
+    if isinstance(plain.get("comparative_methods"), list):
+        plain["comparative_methods"] = [
+            _airas_method(m) if isinstance(m, dict) else m for m in plain["comparative_methods"]
+        ]
+    if isinstance(plain.get("metrics"), list):
         plain["metrics"] = [m.get("name") if isinstance(m, dict) else m for m in plain["metrics"]]
     space = plain.get("hyperparameters_to_search")
     if isinstance(space, list):  # `[{name, range}]`, an older spelling
-        plain["hyperparameters_to_search"] = {
-            str(d.get("name")): d.get("range") for d in space if isinstance(d, dict)
-        }
+        plain["hyperparameters_to_search"] = {str(d.get("name")): d.get("range") for d in space if isinstance(d, dict)}
     hypothesis = found.hypothesis
     if isinstance(hypothesis, dict):
         hypothesis = {k: hypothesis[k] for k in Hypothesis.model_fields if isinstance(hypothesis.get(k), str)}
@@ -379,8 +386,12 @@ def _airas_method(method: dict[str, Any]) -> dict[str, Any]:
         plain["description"] = method["description"]
     training = method.get("training_config") or method.get("hyperparameters")
     if isinstance(training, dict):
-        given = {k: v for k, v in training.items() if v is not None and not isinstance(v, dict)}
-        plain["settings"] = given
+        plain["settings"] = {
+            # theirs warms the learning rate up; ours, under the same name, is FW-LoRA's K
+            "training.warmup_steps" if k == "warmup_steps" else k: v
+            for k, v in training.items()
+            if v is not None
+        }
     optuna = method.get("optuna_config")
     if isinstance(optuna, dict) and optuna.get("enabled", True):
         plain["hyperparameters_to_search"] = {
@@ -532,6 +543,7 @@ _TOKEN = re.compile(
     r"|(?P<name>[A-Za-z_][\w.]*+)|(?P<sign>[()\[\]{},:=]))",
     re.S | re.A,
 )
+_EQUALS = re.compile(r"\s*+=")
 _CONSTANTS = {"None": None, "True": True, "False": False}
 _CLOSING = {"(": ")", "[": "]", "{": "}"}
 
@@ -651,7 +663,7 @@ class _Values:
         self.expect("(")
         found: dict[str, Any] = {}
         while not self.until(")"):
-            if self.kind == "name" and _TOKEN.match(self.text, self.at) and self.text[self.at :].lstrip()[:1] == "=":
+            if self.kind == "name" and _EQUALS.match(self.text, self.at):
                 self.named(found, depth + 1)
             elif self.kind == "name" and self.token not in _CONSTANTS and self.text[self.at : self.at + 1] != "(":
                 self.step()  # a bare word such as UTC in TzInfo(UTC)

@@ -171,10 +171,10 @@ def sign_flip(values: np.ndarray, rng: np.random.Generator, null: float = 0.0, d
     observed = abs(shifted.sum())
     reach = observed - 1e-9 * max(float(np.abs(shifted).sum()), 1e-300)  # sums in another order differ by rounding
     if n <= _EXACT:
-        signs = 1 - 2 * (np.arange(2**n)[:, None] >> np.arange(n) & 1)
+        signs = 1.0 - 2 * (np.arange(2**n)[:, None] >> np.arange(n) & 1)
         p = float((np.abs(signs @ shifted) >= reach).mean())
         return SignFlip(p, True, min(1.0, 2.0 ** (1 - n)))
-    signs = 1 - 2 * rng.integers(2, size=(draws, n))
+    signs = 1.0 - 2 * rng.integers(2, size=(draws, n))
     hits = int((np.abs(signs @ shifted) >= reach).sum())
     return SignFlip((hits + 1) / (draws + 1), False, max(2.0 ** (1 - n), 1 / (draws + 1)))
 
@@ -218,9 +218,7 @@ def holm(p_values: Sequence[float | None]) -> list[float | None]:
     return adjusted
 
 
-def seeds_needed(
-    sd: float, *distances: float, alpha: float = 0.05, power: float = 0.8, most: int = 1000
-) -> int | None:
+def seeds_needed(sd: float, *distances: float, alpha: float = 0.05, power: float = 0.8, most: int = 1000) -> int | None:
     """Seeds that Student's test (two-sided `alpha`) needs to tell the mean from bounds at these `distances` from it.
 
     Power from the noncentral t; with several bounds, as in an equivalence test, all have to be told from the mean
@@ -232,8 +230,9 @@ def seeds_needed(
 
     def enough(n: int) -> bool:
         critical = special.stdtrit(n - 1, 1 - alpha / 2)
-        missed = sum(float(special.nctdtr(n - 1, d / sd * math.sqrt(n), critical)) for d in distances)
-        return 1 - missed >= power
+        # Chances that are 0 to every digit come back as NaN.
+        missed = np.nan_to_num([special.nctdtr(n - 1, d / sd * math.sqrt(n), critical) for d in distances])
+        return bool(1 - missed.sum() >= power)
 
     if not enough(most):
         return None
@@ -357,9 +356,9 @@ def two_way(
     return TwoWay(float(whole.mean()), math.sqrt(variance), df, (drawn - drawn.mean()) / spread)
 
 
-def can_be_resampled(metric: str) -> bool:
-    """Whether `two_way` knows this metric."""
-    return metric in _METRICS
+def can_be_resampled(metric: str, classes: int) -> bool:
+    """Whether `two_way` knows this metric for so many classes (1 for a regression)."""
+    return metric in _METRICS and (classes == 2 or metric not in ("matthews_correlation", "f1"))
 
 
 def _resample(
@@ -414,8 +413,13 @@ def _f1(means: np.ndarray) -> np.ndarray:
 
 
 def _matthews_features(predicted: np.ndarray, labels: np.ndarray) -> np.ndarray:
-    # Of two classes 0 and 1 Matthews' correlation is Pearson's; the moments are the confusion counts.
-    return _pearson_features(_binary(predicted), _binary(labels))
+    p, y = _binary(predicted), np.broadcast_to(_binary(labels), predicted.shape)
+    return np.stack([p * y, p, y], axis=-1)
+
+
+def _matthews(means: np.ndarray) -> np.ndarray:
+    both, p, y = means[..., 0], means[..., 1], means[..., 2]  # with 1 they give the four confusion counts
+    return _correlation(both - p * y, p * (1 - p) * y * (1 - y))
 
 
 def _pearson_features(predicted: np.ndarray, labels: np.ndarray) -> np.ndarray:
@@ -425,9 +429,13 @@ def _pearson_features(predicted: np.ndarray, labels: np.ndarray) -> np.ndarray:
 
 def _pearson(means: np.ndarray) -> np.ndarray:
     x, y, xy, xx, yy = np.moveaxis(means, -1, 0)
-    scale = np.clip(xx - x * x, 0, None) * np.clip(yy - y * y, 0, None)
+    return _correlation(xy - x * y, np.clip(xx - x * x, 0, None) * np.clip(yy - y * y, 0, None))
+
+
+def _correlation(covariance: np.ndarray, variances: np.ndarray) -> np.ndarray:
     # Constant predictions predict nothing: 0, as in the official score.
-    return np.divide(xy - x * y, np.sqrt(scale), out=np.zeros(scale.shape), where=scale > 1e-12)
+    some = variances > 1e-12
+    return np.where(some, covariance / np.sqrt(np.where(some, variances, 1.0)), 0.0)
 
 
 def _standardised(values: np.ndarray) -> np.ndarray:
@@ -445,7 +453,7 @@ def _binary(values: np.ndarray) -> np.ndarray:
 _METRICS = {
     "accuracy": (_accuracy_features, _accuracy),
     "f1": (_f1_features, _f1),
-    "matthews_correlation": (_matthews_features, _pearson),
+    "matthews_correlation": (_matthews_features, _matthews),
     "pearson": (_pearson_features, _pearson),
 }
 

@@ -252,6 +252,11 @@ def _prepare(runs: Sequence[Planned], device: torch.device, again: bool) -> list
         notes = [*warnings_of(cfg), *plan_adapters(cfg, backbone, total_steps).warnings]
         if cfg.training.mixed_precision == "bf16" and device.type == "cpu":
             notes.append("training.mixed_precision=bf16 is for GPUs: on this CPU the run trains in fp32.")
+        if cfg.training.engine == "lanes" and not supports(backbone.config):
+            notes.append(
+                f"training.engine=lanes does not know {backbone.config.model_type}: the run trains with PEFT's layers "
+                "and padded batches, one model a run."
+            )
         jobs.append(
             _Job(
                 cfg=cfg,

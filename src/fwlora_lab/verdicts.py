@@ -109,25 +109,21 @@ class Claim(_Data):
     @property
     def statement(self) -> str:
         """The claim in words, metrics in points (hundredths)."""
-        low, high = self.region
-        where = f"on {self.scope.task} at {self.scope.budget:g} %"
-        if self.is_time:
-            unit, times = (f" x {self.reference}'s", 1) if self.is_ratio else ("", 1)
-        else:
-            unit, times = ("" if self.reference is None else " points"), 100
-        lo, hi = f"{low * times:.4g}", f"{high * times:.4g}"
+        low, high = (f"{(1 if self.is_time else 100) * bound:.4g}" for bound in self.region)
         subject = f"{self.method}'s {self.metric.replace('_', ' ')}"
+        where = f"on {self.scope.task} at {self.scope.budget:g} %"
         if self.is_ratio or self.reference is None:
-            words = {"greater": f"is above {lo}", "at_most": f"is at most {hi}", "between": f"is {lo} to {hi}"}
-            return f"{subject} {words[self.relation]}{unit} {where}"
+            words = {"greater": f"is above {low}", "at_most": f"is at most {high}", "between": f"is {low} to {high}"}
+            times = f" x {self.reference}'s" if self.is_ratio else ""
+            return f"{subject} {words[self.relation]}{times} {where}"
         words = {
-            "greater": "is above {ref}" if low == 0 else f"is more than {lo}{unit} above {{ref}}",
-            "not_worse": f"is less than {float(lo) * -1:g}{unit} below {{ref}}, or above it,",
-            "equivalent": f"is within {hi}{unit} of {{ref}}",
-            "at_most": f"is at most {hi}{unit} above {{ref}}",
-            "between": f"is {lo} to {hi}{unit} above {{ref}}",
+            "greater": f"is more than {low} points above" if self.margin else "is above",
+            "not_worse": f"is less than {low.removeprefix('-')} points below",
+            "equivalent": f"is within {high} points of",
+            "at_most": f"is at most {high} points above",
+            "between": f"is {low} to {high} points above",
         }
-        return f"{subject} {words[self.relation].format(ref=self.reference + chr(39) + 's')} {where}"
+        return f"{subject} {words[self.relation]} {self.reference}'s {where}"
 
 
 def request_claims() -> tuple[Claim, ...]:
@@ -311,7 +307,7 @@ def judge(
     """The verdict of every claim, from `cells[task, budget]`; all claims together are one family.
 
     With probability 1 − `alpha` or more no verdict of the table is false. A claim without data stays a member of
-    the family, so that verdicts do not change by leaving out what has not been run. `rng` and `draws` are for the bootstrap.
+    the family, so that leaving out runs makes no verdict easier. `rng` and `draws` are for the bootstrap.
 
     Raises:
         UserError: a claim's metric is not among those that its runs recorded.
@@ -505,12 +501,10 @@ def _seconds(record: Record) -> dict[str, float]:
         steady = times.steady_seconds / (record.steps - steps)
         seconds["steady_step_seconds"] = steady
         seconds["fisher_step_seconds"] = times.fisher_seconds / steps if steps else steady
-    return seconds
+    return {name: value for name, value in seconds.items() if value > 0}
 
 
 def _predictions(metric: str, done: Mapping[str, Sequence[Record]], folder: Path) -> stats.Predictions | None:
-    if not stats.can_be_resampled(metric):
-        return None
     outputs: dict[str, dict[int, np.ndarray]] = {}
     common = None
     for method, records in done.items():
@@ -519,9 +513,11 @@ def _predictions(metric: str, done: Mapping[str, Sequence[Record]], folder: Path
             if not (path / "predictions.npz").exists():
                 continue
             logits, labels = load_predictions(path)
+            if not stats.can_be_resampled(metric, logits.shape[1]):
+                return None
             if common is not None and not np.array_equal(common, labels):
                 raise UserError(f"{path / 'predictions.npz'}: its labels are not those of the other runs.")
             common = labels
-            classes = logits.shape[1] > 1
-            outputs.setdefault(method, {})[record.seed] = logits.argmax(axis=1) if classes else logits[:, 0]
+            predicted = logits[:, 0] if logits.shape[1] == 1 else logits.argmax(axis=1)
+            outputs.setdefault(method, {})[record.seed] = predicted
     return None if common is None else stats.Predictions(metric, common, outputs)
