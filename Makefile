@@ -8,7 +8,7 @@ demo: .venv/lab.done
 	$(BIN)/fwlora demo
 
 test: .venv/dev.done
-	$(BIN)/pytest
+	$(BIN)/pytest -n auto --dist loadfile
 
 lint: .venv/dev.done
 	$(BIN)/ruff check .
