@@ -40,12 +40,12 @@ EVIL: list[Any] = [
     "../../etc/passwd", "__import__('os').system('id')", -1, 0, 1e308, 10**400, "x" * 300_000, "\u202egnp", "",
     [None] * 5000, "a" * 201,
 ]  # fmt: skip
-# Names are free text: these may stand in a name, where they do no harm.
-HARMLESS = {"../../etc/passwd", "\u202egnp", "__import__('os').system('id')"}
 
 
 def changed(place: str, value: Any) -> dict[str, Any]:
     data = copy.deepcopy(GOOD)
+    if not place.startswith("runs"):
+        del data["runs"]  # a changed name would otherwise be missed there first
     *blocks, last = place.split(".")
     at: Any = data
     for part in blocks:
@@ -87,7 +87,7 @@ def test_evil_values_everywhere(tmp_path, place, evil):
     else:  # what passes is harmless: a name, or a number in its range
         assert {p.parent for p in out.rglob("*")} == {out}
         assert value in (0, 1e308, 10**400) or isinstance(value, str) or value == -1, (place, value)
-        assert "${" not in str(value) or place == "x"
+        assert "${" not in str(value)
 
 
 TEXTS: dict[str, tuple[str | bytes, str]] = {
@@ -131,9 +131,9 @@ TEXTS: dict[str, tuple[str | bytes, str]] = {
     "prompt duplicate": ("## Experimental Design\na=1 a=2", "'a' stands twice"),
     "prompt digits": ("## Experimental Design\na=" + "9" * 5000, "too many digits"),
     "prompt escape": ("## Experimental Design\na='\\x'", "cannot be read"),
-    "prompt output": ("## Experimental Design\na=1\nOutput:\n{]", "Output:1:2: is not JSON"),
+    "prompt output": ("## Experimental Design\na=1\nOutput:\n{]", "Output:4:2: is not JSON"),
     "prompt output yaml": (
-        '## Experimental Design\na=1\nOutput:\n{"run_configs": [{"run_id": "a", "run_config_yaml": "a: !!python/x 1"}]}',
+        '## Experimental Design\na=1\nOutput:\n{"run_configs": [{"run_id": "a", "run_config_yaml": "a: !!py/x 1"}]}',
         "run_configs[0].run_config_yaml:1: a: the tag",
     ),
     "prompt run": ("## Experimental Design\na=1\n## Experiment Runs\nrm -rf", ":4: Experiment Runs"),
@@ -149,7 +149,6 @@ def test_hostile_files(tmp_path, name):
 
 
 def test_sources_that_are_no_files(tmp_path):
-    assert "is a folder" in refused(tmp_path / ".") if (tmp_path / "x").exists() else True
     for source in (str(tmp_path / "no"), "a\x00b", "x" * 5000):
         with pytest.raises(UserError):
             generate(source, None, False, False)

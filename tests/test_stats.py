@@ -69,7 +69,7 @@ def test_sign_flip_with_many_seeds_is_near_the_exact_one():
 
 
 def test_hedges_correction_is_unbiased():
-    draws = rng(1).normal(0.8, 1, (6000, 5))
+    draws = rng(1).normal(0.8, 1, (4000, 5))
     plain = draws.mean(axis=1) / draws.std(axis=1, ddof=1)
     corrected = np.array([stats.hedges_g(row) for row in draws])
     assert corrected.mean() == pytest.approx(0.8, abs=0.03) and plain.mean() > 0.95
@@ -255,7 +255,7 @@ def test_two_way_variance_is_that_of_the_random_effects_model():
 
 
 @pytest.mark.parametrize("effect", [0.0, 0.012])
-@pytest.mark.parametrize("n", [2, 6, 12])
+@pytest.mark.parametrize("n", [2, 10])
 def test_coverage_of_the_paired_interval(effect, n):
     """Paired scores whose seeds share a disturbance that is larger than the effect."""
     generator = rng(n)
@@ -283,33 +283,43 @@ def test_coverage_of_the_ratio_of_seconds():
     assert np.mean([i is not None and i.low < 1.12 < i.high for i in found]) == TRUE_COVERAGE
 
 
-def simulated(generator, metric, shifts, n, m):
-    """Predictions of two methods and their true mean metrics over other seeds and examples.
+def simulated(generator, metric, shifts, n, m, by_seed):
+    """Predictions of two methods whose true metrics, over other seeds and examples, `true_metric` knows.
 
     A run is right where shift + (seed) + (example) + (example x method) + noise > 0, all normal.
     """
-    by_seed, by_example, by_both, noise = 0.25, 0.8, 0.35, 0.5
     labels = (generator.random(m) < 0.65).astype(int)
-    difficulty = generator.normal(0, by_example, m)
+    difficulty = generator.normal(0, 0.8, m)
     outputs = []
     for shift in shifts:
-        right = shift + difficulty + generator.normal(0, by_both, m)
-        lean = generator.normal(0, by_seed, (n, 1))
-        right = right + lean * (1 if metric == "accuracy" else 2 * labels - 1) + generator.normal(0, noise, (n, m))
+        right = shift + difficulty + generator.normal(0, 0.35, m)
+        right = right + generator.normal(0, by_seed, (n, 1)) + generator.normal(0, 0.5, (n, m))
         outputs.append(np.where(right > 0, labels, 1 - labels))
     return predictions(metric, labels, *outputs)
 
 
-def true_metric(metric, shift):
-    by_seed, rest = 0.25, math.sqrt(0.8**2 + 0.35**2 + 0.5**2)
-    if metric == "accuracy":
-        return scipy.stats.norm.cdf(shift / math.hypot(rest, by_seed))
-    lean, weight = np.polynomial.hermite_e.hermegauss(40)
-    tpr = scipy.stats.norm.cdf((shift + by_seed * lean) / rest)
-    tnr = scipy.stats.norm.cdf((shift - by_seed * lean) / rest)
-    positive = 0.65 * tpr + 0.35 * (1 - tnr)
-    matthews = (0.65 * tpr - 0.65 * positive) / np.sqrt(0.65 * 0.35 * positive * (1 - positive))
-    return weight @ matthews / weight.sum()
+def true_metric(metric, shift, by_seed):
+    """The mean over seeds of the metric on endlessly many examples, 65 % of them of class 1."""
+    rest = math.sqrt(0.8**2 + 0.35**2 + 0.5**2)
+    seed, weight = np.polynomial.hermite_e.hermegauss(40)
+    right = scipy.stats.norm.cdf((shift + by_seed * seed) / rest)
+    positive = 0.65 * right + 0.35 * (1 - right)
+    matthews = 0.65 * (right - positive) / np.sqrt(0.65 * 0.35 * positive * (1 - positive))
+    return weight @ (right if metric == "accuracy" else matthews) / weight.sum()
+
+
+def two_way_coverage(metric, shifts, n, m, by_seed, draws):
+    generator = rng(sum(map(ord, metric)) + n)
+    true = true_metric(metric, shifts[0], by_seed) - true_metric(metric, shifts[1], by_seed)
+    assert (true == 0) == (shifts[0] == shifts[1])
+    covered = 0
+    for _ in range(draws):
+        both = simulated(generator, metric, shifts, n, m, by_seed)
+        found = stats.two_way(both, "new", "old", range(n), generator, 150)
+        assert found is not None
+        low, high, _ = found.interval()
+        covered += low < true < high
+    return covered / draws
 
 
 @pytest.mark.parametrize(
@@ -318,21 +328,17 @@ def true_metric(metric, shift):
         ("accuracy", (0.9, 0.9), 6, 90),
         ("accuracy", (1.1, 0.8), 10, 80),
         ("matthews_correlation", (0.7, 0.7), 6, 90),
-        ("matthews_correlation", (0.9, 0.6), 5, 90),
+        ("matthews_correlation", (0.9, 0.6), 6, 90),
     ],
 )
 def test_coverage_of_the_two_way_interval(metric, shifts, n, m):
     """Of the difference for other seeds and other examples, on a known null and a known effect."""
-    generator = rng(sum(map(ord, metric)) + n)
-    true = true_metric(metric, shifts[0]) - true_metric(metric, shifts[1])
-    assert (true == 0) == (shifts[0] == shifts[1])
-    covered = 0
-    for _ in range(DRAWS):
-        found = stats.two_way(simulated(generator, metric, shifts, n, m), "new", "old", range(n), generator, 150)
-        assert found is not None
-        low, high, _ = found.interval()
-        covered += low < true < high
-    assert covered / DRAWS == TRUE_COVERAGE
+    assert two_way_coverage(metric, shifts, n, m, 0.25, DRAWS) == TRUE_COVERAGE
+
+
+def test_the_two_way_interval_errs_on_the_wide_side():
+    """Where seeds do not differ at all and there are few of everything, it covers more than it says, but not all."""
+    assert 0.94 <= two_way_coverage("matthews_correlation", (0.9, 0.6), 5, 60, 0.0, 500) <= 0.99
 
 
 def test_every_pattern_of_signs_is_tried_once():

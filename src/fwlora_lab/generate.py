@@ -610,7 +610,7 @@ class _Plan:
                 if given == "training.warmup_steps":
                     self.contradict(
                         "unsupported",
-                        "the learning rate is warmed up over a share of the run, warmup_ratio, not over steps: left out",
+                        "the learning rate warms up over a share of the run, warmup_ratio, not over steps: left out",
                         self.request.place(place, value),
                         "run config: training.warmup_ratio",
                     )
@@ -638,7 +638,7 @@ class _Plan:
             if key not in KEYS:
                 raise UserError(
                     f"{self.request.place(one_line(place))}: {one_line(name, 60)!r} is no key of a run config's "
-                    f"dataset block{nearest(name, [k.removeprefix('dataset.') for k in KEYS if k.startswith('dataset.')])}"
+                    f"dataset block{nearest(key, [k for k in KEYS if k.startswith('dataset.')])}"
                 )
             draft.put(key, value, place=place)
         label = _label(given)
@@ -1094,7 +1094,7 @@ def _targets(plan: _Plan) -> None:
             plan.contradict(
                 "target modules",
                 f"taken literally (as PEFT does) {' and '.join(blocks)} are blocks and no Linear layers, and "
-                "output.dense would also match attention.output.dense; here they mean the two matrices of the feed-forward part",
+                "output.dense would also match attention.output.dense; here they mean the feed-forward matrices",
                 _origin(plan, draft, "model.lora.target_modules"),
                 model,
             )

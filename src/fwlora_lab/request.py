@@ -34,6 +34,7 @@ MAX_DEPTH = 100
 # The schema
 # ---------------------------------------------------------------------------------------------
 
+Name = Annotated[Text, Field(max_length=200)]
 Prose = Annotated[str, Field(max_length=500_000)]
 Scalar = bool | int | float | str | None
 Setting = Scalar | list[Scalar]
@@ -60,7 +61,7 @@ class Hypothesis(_Part):
 class Method(_Part):
     """A method; `settings` and `hyperparameters_to_search` are its own and win over the design's."""
 
-    name: Text
+    name: Name
     description: Prose | None = None
     settings: dict[str, Setting] = Field(default_factory=dict)
     hyperparameters_to_search: dict[str, Space] = Field(default_factory=dict)
@@ -70,8 +71,8 @@ class Method(_Part):
 class Model(_Part):
     """A backbone: its name, where it comes from, and the size that the design believes it has."""
 
-    name: Text
-    pretrained_id: Text | None = None
+    name: Name
+    pretrained_id: Name | None = None
     revision: Text | None = None
     parameters: Positive | None = None
 
@@ -79,7 +80,7 @@ class Model(_Part):
 class Dataset(_Part):
     """A data set; `settings` are keys of a run config's `dataset` block (name, subset, train_file, …)."""
 
-    name: Text
+    name: Name
     settings: dict[str, Setting] = Field(default_factory=dict)
 
 
@@ -87,9 +88,9 @@ class Run(_Part):
     """One run: `method` is `proposed`, `comparative-<i>` or a method's name."""
 
     run_id: RunId | None = None
-    method: Text
-    model: Text
-    dataset: Text
+    method: Name
+    model: Name
+    dataset: Name
     budget: Percent | None = None
     settings: dict[str, Setting] = Field(default_factory=dict)
 
@@ -104,10 +105,10 @@ class ExperimentDesign(_Part):
     hypothesis: Prose | Hypothesis | None = None
     summary: Prose | None = None
     proposed_method: Prose | Method
-    comparative_methods: list[Text | Method] = Field(default_factory=list, max_length=100)
-    models: Annotated[list[Text | Model], Field(min_length=1, max_length=100)]
-    datasets: Annotated[list[Text | Dataset], Field(min_length=1, max_length=100)]
-    metrics: list[Text] = Field(default_factory=list)
+    comparative_methods: list[Name | Method] = Field(default_factory=list, max_length=100)
+    models: Annotated[list[Name | Model], Field(min_length=1, max_length=100)]
+    datasets: Annotated[list[Name | Dataset], Field(min_length=1, max_length=100)]
+    metrics: list[Name] = Field(default_factory=list)
     hyperparameters_to_search: dict[str, Space] = Field(default_factory=dict)
     n_trials: Positive | None = None
     budgets: list[Percent] = Field(default_factory=list, max_length=100)
@@ -491,7 +492,8 @@ def _read_prompt(text: str, source: str) -> Request:
     lines |= {key: at + _offset(sections["Experimental Design"]) for key in _AIRAS_NAMES.values()}
     if "Hypothesis" in starts:
         lines["hypothesis"] = starts["Hypothesis"] + _offset(sections["Hypothesis"])
-    examples = _read_output(output, source)
+    # empty lines stand for the text above, so that a fault has the file's line
+    examples = _read_output("\n" * (body.count("\n") + 1) + output, source)
     for run_id in examples:
         before = text.find(json.dumps(run_id), len(body))
         lines[f"example:{run_id}"] = text.count("\n", 0, max(before, 0)) + 2  # its YAML stands on the next line

@@ -324,8 +324,9 @@ def two_way(
     the confusion counts). Drawn like this the noise of single cells counts three times (Owen 2007, "The pigeonhole
     bootstrap"), and a few seeds' spread is too small: so the distribution is rescaled to the unbiased two-way variance
     (MS_seeds + MS_examples − MS_cells)/(n·m) of the jackknife pseudo-values, with Satterthwaite's degrees of freedom.
-    Without a reference it is the method's own metric. None where a run's predictions are missing, or where
-    seeds or examples show no spread.
+    Components of variance are kept from going below 0, so that with few examples and seeds that hardly differ the
+    interval is too wide rather than too narrow. Without a reference it is the method's own metric. None where a run's
+    predictions are missing, or where seeds or examples show no spread.
 
     Raises:
         ValueError: the metric cannot be resampled, or is Matthews or F1 of other labels than 0 and 1.
