@@ -116,6 +116,25 @@ def test_validate(run_file, tmp_path):
     assert f"{good}: valid" in done.stdout and "training.batch_size" in done.stderr
 
 
+def test_generate(tmp_path):
+    design = tmp_path / "design.yaml"
+    design.write_text(
+        "hypothesis: Shrinking helps.\n"
+        "proposed_method: Fisher-Weighted LoRA (FW-LoRA)\n"
+        "comparative_methods: [AdaLoRA]\n"
+        "models_to_use: [minilm]\n"
+        "datasets_to_use: [CoLA (GLUE)]\n"
+        "hyperparameters_to_search: {learning_rate: 1e-4-1e-3}\n"
+    )
+    out = tmp_path / "out"
+    done = fwlora("generate", str(design), "-o", str(out))
+    files = sorted(out.glob("*.yaml"))
+    assert len(files) == 2, done.stderr
+    assert fwlora("validate", *map(str, files)).stdout.count(": valid") == 2
+    assert '"properties"' in fwlora("generate", "--schema").stdout
+    assert "say what to read" in fwlora("generate", code=2).stderr
+
+
 def test_a_warmup_that_fills_the_run_is_refused_with_the_cure(run_file):
     done = fwlora("train", f"run={run_file('fw_lora', fw_lora__warmup_steps=500)}", code=2)
     assert "500" in done.stderr and "22" in done.stderr and "0.25" in done.stderr

@@ -1,4 +1,4 @@
-"""The command line: `fwlora train | validate | demo | doctor`.
+"""The command line: `fwlora train | validate | generate | demo | doctor`.
 
 Whatever a person got wrong ends in one message on standard error and exit code 2, never in a traceback. Exit code
 1 says that runs failed, 130 that Ctrl-C stopped the work.
@@ -95,6 +95,20 @@ def _parser() -> argparse.ArgumentParser:
     validate = commands.add_parser("validate", help="check run configs without training")
     validate.add_argument("files", nargs="+", metavar="FILE", help="YAML files")
     validate.set_defaults(command=_validate)
+
+    generate = commands.add_parser(
+        "generate",
+        help="write run configs from a design or a written request",
+        description="SOURCE is a design file (YAML or JSON, see --schema), a request's prompt text, or an AIRAS "
+        "research history (JSON). Every value that the design did not state carries a comment that says where it came from; "
+        "contradictions are listed on standard error.",
+    )
+    generate.add_argument("source", nargs="?", metavar="SOURCE", help="the file to read")
+    generate.add_argument("-o", "--out", metavar="DIR", help="write one YAML file a run into DIR, not to the screen")
+    generate.add_argument("--json", action="store_true", help="print one JSON object with all run configs")
+    generate.add_argument("--check", action="store_true", help="exit with 1, writing nothing, on contradictions")
+    generate.add_argument("--schema", action="store_true", help="print the JSON Schema of a design and exit")
+    generate.set_defaults(command=_generate)
 
     demo = commands.add_parser(
         "demo",
@@ -195,6 +209,18 @@ def _validate(options: argparse.Namespace) -> int:
             for remark in remarks:
                 print(f"  warning: {remark}")
     return 2 if wrong else 0
+
+
+def _generate(options: argparse.Namespace) -> int:
+    from fwlora_lab.generate import generate
+    from fwlora_lab.request import schema
+
+    if options.schema:
+        print(schema())
+        return 0
+    if options.source is None:
+        raise UserError("say what to read: fwlora generate SOURCE; `fwlora generate --help` says which files it knows.")
+    return generate(options.source, options.out, options.json, options.check)
 
 
 def _demo(options: argparse.Namespace) -> int:

@@ -114,12 +114,12 @@ def _read_file(path: Path) -> _File:
                 f"{path}:{node.start_mark.line + 1}: must hold keys such as `run_id: <name>` at "
                 f"its top, not a {'list' if node.id == 'sequence' else 'single value'}"
             )
-        lines, faults = _inspect(node)
+        lines, faults = inspect_node(node)
         if faults:
             raise UserError(listing([f"{path}:{line}: {text}" for line, text in faults]))
         values = loader.construct_document(node)
     except yaml.MarkedYAMLError as error:
-        raise UserError(_syntax_message(path, error)) from None
+        raise UserError(syntax_message(path, error)) from None
     except yaml.YAMLError as error:
         raise UserError(f"{path}: is not YAML: {str(error).splitlines()[0]}") from None
     except RecursionError:
@@ -131,7 +131,7 @@ def _read_file(path: Path) -> _File:
     return _File(values, text[:512], lines)
 
 
-def _syntax_message(path: Path, error: yaml.MarkedYAMLError) -> str:
+def syntax_message(path: Path, error: yaml.MarkedYAMLError) -> str:
     mark = error.problem_mark or error.context_mark
     where = f"{path}:{mark.line + 1}:{mark.column + 1}" if mark else str(path)
     problem = error.problem or error.context or "cannot be read"
@@ -150,7 +150,7 @@ def _syntax_message(path: Path, error: yaml.MarkedYAMLError) -> str:
     return f"{where}: is not YAML: {problem}{cure}"
 
 
-def _inspect(root: yaml.MappingNode) -> tuple[dict[str, int], list[tuple[int, str]]]:
+def inspect_node(root: yaml.MappingNode) -> tuple[dict[str, int], list[tuple[int, str]]]:
     """Every key path's line, and all that is refused before any value is built."""
     lines: dict[str, int] = {}
     faults: list[tuple[int, str]] = []

@@ -31,7 +31,7 @@ from fwlora_lab.runconfig import (
     Arm,
     Dimension,
     RunConfig,
-    _Writer,
+    Writer,
     get_key,
     issues_of,
     listing,
@@ -243,7 +243,7 @@ def parse_space(name: str, given: Any) -> Space:
     if bracketed:
         text = text[1:-1]
     parts = [p.strip().strip("'\"") for p in re.split(r"[,;/]|\bor\b", text) if p.strip()]
-    if not parts or not all(re.fullmatch(r"[\w.+-]{1,100}", p) for p in parts):
+    if not parts or not all(re.fullmatch(rf"{_NUMBER}|[^\W\d][\w.+-]{{0,99}}", p) for p in parts):
         raise UserError(f"{one_line(given, 60)!r} cannot be read as a range: write low-high, or a,b,c")
     return _choices(key, [_scalar(p) for p in parts], bracketed=bracketed and listed)
 
@@ -1203,7 +1203,7 @@ def _outside(plan: _Plan) -> None:
 # ---------------------------------------------------------------------------------------------
 
 
-class _FlowWriter(_Writer):
+class _FlowWriter(Writer):
     """The writer of run configs, for one value in one line."""
 
 

@@ -21,7 +21,7 @@ import yaml
 from omegaconf._utils import get_yaml_loader
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from fwlora_lab.compose import _inspect, _syntax_message
+from fwlora_lab.compose import inspect_node, syntax_message
 from fwlora_lab.errors import UserError
 from fwlora_lab.runconfig import Dimension, Positive, RunId, Text, issues_of, listing, nearest
 
@@ -248,12 +248,18 @@ def _check_depth(data: Any) -> None:
 
 def _read_yaml(text: str, where: str) -> tuple[dict[str, Any], dict[str, int]]:
     """Values and the line of every key; the checks are those of run configs."""
+    depth = deepest = 0
+    for match in re.finditer(r"[\[\]{}]", text):  # the scanner's time grows with the square of open brackets
+        depth += 1 if match[0] in "[{" else -1
+        deepest = max(deepest, depth)
     try:
+        if deepest > 500:
+            raise RecursionError
         loader = get_yaml_loader()(text)
         node = loader.get_single_node()
         if not isinstance(node, yaml.MappingNode):
             raise UserError(f"{where}: must hold keys such as `proposed_method:` at its top")
-        lines, faults = _inspect(node)
+        lines, faults = inspect_node(node)
         if faults:
             raise UserError(listing([f"{where}:{line}: {fault}" for line, fault in faults]))
         longest = max(lines, key=len, default="")
@@ -261,7 +267,7 @@ def _read_yaml(text: str, where: str) -> tuple[dict[str, Any], dict[str, int]]:
             raise UserError(f"{where}: the key {one_line(longest, 60)!r} is {len(longest):,} characters long")
         return loader.construct_document(node), lines
     except yaml.MarkedYAMLError as error:
-        raise UserError(one_line(_syntax_message(Path(where), error), 400)) from None
+        raise UserError(one_line(syntax_message(Path(where), error), 400)) from None
     except yaml.YAMLError as error:
         raise UserError(f"{where}: is not YAML: {one_line(error)}") from None
     except RecursionError:

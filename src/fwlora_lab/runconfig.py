@@ -645,14 +645,14 @@ def _either(first: str, second: str) -> str:
 # ---------------------------------------------------------------------------------------------
 
 
-class _Writer(yaml.SafeDumper):
+class Writer(yaml.SafeDumper):
     """YAML that PyYAML, ruamel and OmegaConf read alike."""
 
     def ignore_aliases(self, data: Any) -> bool:
         return True
 
 
-def _write_float(dumper: _Writer, value: float) -> yaml.ScalarNode:
+def _write_float(dumper: Writer, value: float) -> yaml.ScalarNode:
     text = repr(value)
     if "e" in text or 0 < abs(value) < 1e-3:
         # PyYAML reads a float only with a point in the mantissa and a signed exponent.
@@ -667,13 +667,13 @@ _BARE_WORD = re.compile(r"[A-Za-z_][A-Za-z0-9_./-]*")
 _YAML_WORDS = {"y", "n", "yes", "no", "on", "off", "true", "false", "null", "nan", "inf"}
 
 
-def _write_text(dumper: _Writer, value: str) -> yaml.ScalarNode:
+def _write_text(dumper: Writer, value: str) -> yaml.ScalarNode:
     bare = _BARE_WORD.fullmatch(value) and value.lower() not in _YAML_WORDS
     return dumper.represent_scalar("tag:yaml.org,2002:str", value, style=None if bare else '"')
 
 
-_Writer.add_representer(float, _write_float)
-_Writer.add_representer(str, _write_text)
+Writer.add_representer(float, _write_float)
+Writer.add_representer(str, _write_text)
 
 
 def to_yaml(cfg: RunConfig) -> str:
@@ -682,7 +682,7 @@ def to_yaml(cfg: RunConfig) -> str:
     if cfg.optuna is not None and cfg.optuna.search_space:
         for name, dimension in cfg.optuna.search_space.items():
             data["optuna"]["search_space"][name] = dimension.model_dump(exclude_none=True)
-    return yaml.dump(data, Dumper=_Writer, sort_keys=False, allow_unicode=True, width=1_000_000)
+    return yaml.dump(data, Dumper=Writer, sort_keys=False, allow_unicode=True, width=1_000_000)
 
 
 def fingerprint(cfg: RunConfig) -> str:
