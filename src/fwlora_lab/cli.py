@@ -100,8 +100,8 @@ def _parser() -> argparse.ArgumentParser:
         "generate",
         help="write run configs from a design or a written request",
         description="SOURCE is a design file (YAML or JSON, see --schema), a request's prompt text, or an AIRAS "
-        "research history (JSON). Every value that the design did not state carries a comment that says where it came from; "
-        "contradictions are listed on standard error.",
+        "research history (JSON). Every value that the design did not state carries a comment that says where it "
+        "came from; contradictions are listed on standard error.",
     )
     generate.add_argument("source", nargs="?", metavar="SOURCE", help="the file to read")
     generate.add_argument("-o", "--out", metavar="DIR", help="write one YAML file a run into DIR, not to the screen")
@@ -165,10 +165,11 @@ def _split_words(words: Sequence[str]) -> tuple[str, list[int] | None, bool, lis
 
 def _train(options: argparse.Namespace) -> int:
     from fwlora_lab.compose import expand_runs
-    from fwlora_lab.train import Planned
 
     run, seeds, again, overrides = _split_words(options.words)
     configs = expand_runs(run, overrides, multirun=options.multirun, config_dir=options.config_dir)
+    from fwlora_lab.train import Planned  # torch and all: only once the words are right
+
     return _train_and_tell([Planned(cfg, s) for cfg in configs for s in (seeds or [cfg.training.seed])], again)
 
 
