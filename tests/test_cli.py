@@ -122,8 +122,8 @@ def test_generate(tmp_path):
         "hypothesis: Shrinking helps.\n"
         "proposed_method: Fisher-Weighted LoRA (FW-LoRA)\n"
         "comparative_methods: [AdaLoRA]\n"
-        "models_to_use: [minilm]\n"
-        "datasets_to_use: [CoLA (GLUE)]\n"
+        "models: [minilm]\n"
+        "datasets: [CoLA (GLUE)]\n"
         "hyperparameters_to_search: {learning_rate: 1e-4-1e-3}\n"
     )
     out = tmp_path / "out"
