@@ -8,7 +8,7 @@ gradients of the loss with respect to the outputs, the gradient that `W` would g
 and the Fisher proxy of the step is `‖∇W L‖_F²`. The estimators differ in what they keep of it:
 
     exact        Gᵀ X                 the request's quantity; costs as much as a weight gradient
-    sketch       Gᵀ (X Ω)             Ω a Gaussian probe of k columns, fresh each step: E ‖GᵀXΩ‖_F² = k ‖GᵀX‖_F²
+    sketch       (X Ω)ᵀ G             Ω a Gaussian probe of k columns, fresh each step: E ‖(XΩ)ᵀG‖_F² = k ‖GᵀX‖_F²
                                       (Hutchinson's estimator; relative standard error at most √(2/k))
     per_example  Σ_i ‖G_iᵀ X_i‖_F²    the diagonal of the empirical Fisher matrix, a different quantity
     adapter      ‖∇B L‖_F²            free, from LoRA's own gradient, and unbiased only at initialisation
@@ -68,9 +68,12 @@ def sketched_gradient(
     g: Float[Tensor, "*batch d_out"],
     x: Float[Tensor, "*batch d_in"],
     probe: Float[Tensor, "d_in k"],
-) -> Float[Tensor, "d_out k"]:
-    """`Gᵀ(XΩ)`, which costs k·(d_in + d_out) a token instead of d_in·d_out."""
-    return _rows(g).T @ (_rows(x) @ probe)
+) -> Float[Tensor, "k d_out"]:
+    """`(XΩ)ᵀG`, which costs k·(d_in + d_out) a token instead of d_in·d_out.
+
+    The transpose of `Gᵀ(XΩ)`: read along its rows, the tall G goes through the product several times faster.
+    """
+    return (_rows(x) @ probe).T @ _rows(g)
 
 
 def per_example_energy(g: Float[Tensor, "*batch d_out"], x: Float[Tensor, "*batch d_in"]) -> Float[Tensor, ""]:

@@ -382,7 +382,7 @@ class FisherWeightedLoRA:
         rows = target.out_features
         shape = {
             "exact": (rows, target.in_features),
-            "sketch": (rows, self.config.sketch_columns),
+            "sketch": (self.config.sketch_columns, rows),
             "per_example": (),
         }[self.config.estimator]
         return torch.zeros(shape, dtype=self._fisher.dtype, device=target.pairs[0].a.device)
