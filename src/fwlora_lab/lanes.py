@@ -87,7 +87,6 @@ class Lane:
     settings: LaneSettings
     generator: torch.Generator
     step: int = 0
-    skipped: int = 0
 
 
 @dataclass(frozen=True)
@@ -507,8 +506,8 @@ class Lanes:
             assert fw is not None
             own = torch.tensor([bool(self.lanes[e].settings.ranks.get(n)) for n in self.targets])
             step = torch.where(own.to(energies.device), energies[row], 0.0)
-            self.fisher[e], counted = estimators.update_average(self.fisher[e], step, fw.ema, fw.averaging)
-            self.lanes[e].skipped += int(~counted)
+            # Nobody need count a step that is left out: its update makes the lane NaN, and the run fails and says so.
+            self.fisher[e], _ = estimators.update_average(self.fisher[e], step, fw.ema, fw.averaging)
 
     def _freeze(self, e: int) -> None:
         """Weights from F over the lane's own targets, once; the penalty's coefficients for the rest of its run."""
