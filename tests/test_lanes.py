@@ -26,8 +26,10 @@ from transformers import (
 
 import fwlora
 from fwlora import FWLoraConfig
+from fwlora.shrinkage import NORMS
+from fwlora_lab.laneops import ATTENTION
 from fwlora_lab.lanes import Allocation, Lanes, LaneSettings
-from fwlora_lab.packing import ATTENTION, pack
+from fwlora_lab.packing import pack
 from fwlora_lab.tasks import TokenTable, collate
 
 F64 = torch.float64
@@ -267,9 +269,12 @@ def test_every_lane_is_the_run_that_peft_trains(kind, table):
         if handle is not None:
             assert handle.phase == "shrink"
             assert engine.fisher_of(i) == pytest.approx(handle.fisher(), rel=1e-6)
-            assert float(engine.penalties()[i]) == pytest.approx(float(handle.penalty()), rel=1e-6)
+            fw = RUNS[i][2]["fw"]
+            unit = fw.shrinkage * (4.0 if fw.norm == "update" else 1.0)
+            want = [unit * w for w in handle.weights().values()]
+            assert engine.coefficients[NORMS.index(fw.norm), i].tolist() == pytest.approx(want, rel=1e-6)
         else:
-            assert float(engine.penalties()[i]) == 0.0
+            assert not engine.coefficients[:, i].any()
 
 
 def test_a_lane_in_company_is_the_lane_alone_over_100_steps(table):
@@ -322,7 +327,7 @@ def test_padding_of_ranks_stays_zero(table):
     engine = world.lanes([2, 1])
     world.train(engine, [2, 1], 20)
     for a, b in engine.factors.values():
-        assert not a[0, 1:].any() and not b[0, :, 1:].any(), "rank 1 in a buffer of rank 4"
+        assert not a[0, 1:].any() and not b[0, 1:].any(), "rank 1 in a buffer of rank 4"
         assert a[1, 1:].any()
 
 

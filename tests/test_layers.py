@@ -30,6 +30,7 @@ LAB = [
     "stats",
     "verdicts",
     "packing",
+    "laneops",
     "lanes",
     "methods",
     "train",

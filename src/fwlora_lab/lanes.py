@@ -7,14 +7,15 @@ padding of A and of B is zero its gradients are zero, and AdamW leaves it there.
 each lane's mean, every hyper-parameter is a tensor over lanes, and nothing in a lane depends on another: a lane
 computes what the run would compute alone, and one that diverges harms nobody.
 
-All that is trained lives in one flat buffer [E, P], beside its gradients and AdamW's two moments, so that clipping
-and the update are a dozen operations for all matrices and lanes.
+All that is trained lives in one flat buffer [E, P], beside its gradients and AdamW's two moments. B lies in it
+transposed, and A and B alike are sorted by the length of their rows, so that the Gram matrices, the penalty, clipping
+and the update are a dozen operations each for all matrices and lanes together.
 """
 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -25,8 +26,9 @@ from transformers import PreTrainedModel
 import fwlora
 from fwlora import fisher as estimators
 from fwlora.importance import penalty_weights
-from fwlora.shrinkage import NORMS, factor_gradients, factor_norms, update_gradients, update_norms
-from fwlora_lab.packing import ATTENTION, Block, Packed
+from fwlora.shrinkage import NORMS
+from fwlora_lab.laneops import ATTENTION, Adapter, Draws, adapted_linear
+from fwlora_lab.packing import Block, Packed
 
 _BETAS, _EPS = (0.9, 0.999), 1e-8  # torch.optim.AdamW's own
 
@@ -90,15 +92,16 @@ class Lane:
 
 
 @dataclass(frozen=True)
-class _Group:
-    """Targets of one shape: A [E, M, r, d_in], B [E, M, d_out, r] and Λ [E, M, r] at these offsets of a lane's row."""
+class _Rows:
+    """The factors with rows of d entries: A where d_in = d, transposed B where d_out = d. [E, K, r, d] from `start` on.
 
-    names: tuple[str, ...]
-    d_in: int
-    d_out: int
-    a: int
-    b: int
-    e: int
+    Counted over all such groups, these are the factors `first` … `first` + K − 1.
+    """
+
+    d: int
+    start: int
+    first: int
+    k: int
 
 
 class LaneLinear(nn.Module):
@@ -112,17 +115,9 @@ class LaneLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         lanes = self._lanes[0]
-        a, b, *spectrum = lanes.factors[self.name]
-        if spectrum:
-            a = a * spectrum[0][..., None]
-        if lanes.chosen is not None:
-            a, b = a[lanes.chosen], b[lanes.chosen]
-        y = self.base(x)
-        low = torch.bmm(lanes.adapter_dropout(x), a.mT) * lanes.scales
-        y = torch.baddbmm(y, low, b.mT)
-        if lanes.watching:
-            y = estimators.tap(y, x, lambda g, x: lanes.watch(self.name, g, x))
-        return y
+        return adapted_linear(
+            x, lanes.anchor, self.base.weight, self.base.bias, lanes.adapter(self.name), lanes.adapter_mask(x)
+        )
 
 
 class LaneDropout(nn.Module):
@@ -139,8 +134,35 @@ class LaneDropout(nn.Module):
         return x * self._lanes[0].token_mask(x, [self.p] * x.shape[0])
 
 
+@dataclass(frozen=True)
+class _Plan:
+    """What the host decides before a step: the kind of step, and its numbers by lane.
+
+    watching: lanes whose Fisher energy is taken; shrinking: norms of the penalties at work; numbers [7, E, 1]: learning
+    rate, weight decay, 1 − β₁ᵗ, √(1 − β₂ᵗ), limit of the gradient's norm, whether it watches, whether its allocation
+    still learns; probes by d_in: [E, k, d_in], zero for lanes that do not sketch.
+    """
+
+    watching: tuple[int, ...]
+    shrinking: tuple[int, ...]
+    regression: bool
+    numbers: Tensor
+    probes: Mapping[int, Tensor]
+
+    @property
+    def kind(self) -> tuple:
+        return self.watching, self.shrinking, self.regression, tuple(sorted(self.probes))
+
+    def tensors(self) -> list[Tensor]:
+        return [self.numbers, *(self.probes[d] for d in sorted(self.probes))]
+
+
 class Lanes:
-    """The engine: a classifier's frozen encoder, the lanes' parameters, and one training step for all of them."""
+    """The engine: a classifier's frozen encoder, the lanes' parameters, and one training step for all of them.
+
+    The encoder computes in its own dtype. What is trained is kept in at least fp32 and, for an encoder in half
+    precision, cast once a step.
+    """
 
     def __init__(
         self,
@@ -161,8 +183,9 @@ class Lanes:
         self.rank = rank
         self.width = width
         self.encoder: nn.Module = model.base_model
-        self.device = next(model.parameters()).device
-        self.dtype = next(model.parameters()).dtype
+        parameter = next(model.parameters())
+        self.device, self.compute_dtype = parameter.device, parameter.dtype
+        self.dtype = torch.promote_types(parameter.dtype, torch.float32)
         self._position_offset = _position_offset(model)
         model.config._attn_implementation = ATTENTION
         model.requires_grad_(False)
@@ -179,38 +202,52 @@ class Lanes:
             if isinstance(module, nn.Dropout):
                 parent, _, leaf = name.rpartition(".")
                 setattr(self.encoder.get_submodule(parent), leaf, LaneDropout(module.p, self))
-        self._lay_out(shapes)
+        self.targets = list(shapes)
+        self._shapes = list(shapes.values())
+        self._lay_out()
         self.lanes: list[Lane] = []
         self._resize(0)
         # What a forward pass reads.
-        self.chosen: Tensor | None = None
+        self.anchor = torch.zeros((), device=self.device, requires_grad=True)
         self.present: list[int] = []
-        self.watching = False
-        self.scales = torch.empty(0)
+        self._chosen: Tensor | None = None
         self._packed: Packed | None = None
+        self._plan: _Plan | None = None
         self._energies: dict[str, Tensor] = {}
+        self._draws = Draws(self.device, self.compute_dtype)
+        self._replays: dict[tuple, _Replay] | None = {} if self.device.type == "cuda" else None
 
     # The flat buffer
 
-    def _lay_out(self, shapes: Mapping[str, tuple[int, int]]) -> None:
-        kinds: dict[tuple[int, int], list[str]] = {}
-        for name, shape in shapes.items():
-            kinds.setdefault(shape, []).append(name)
-        offset = 0
-        self.groups: list[_Group] = []
-        for (d_in, d_out), names in kinds.items():
-            size = len(names) * self.rank
-            a, b = offset, offset + size * d_in
-            e = b + size * d_out
-            offset = e + size * self.spectral
-            self.groups.append(_Group(tuple(names), d_in, d_out, a, b, e))
-        self.adapter_size = offset
+    def _lay_out(self) -> None:
+        lengths = [d for shape in self._shapes for d in shape]  # A of target 0, its B, A of target 1, …
+        places: list[tuple[int, int]] = [(0, 0)] * len(lengths)  # (group, slot)
+        offset = first = 0
+        self.rows: list[_Rows] = []
+        for d in dict.fromkeys(lengths):
+            mine = [f for f, length in enumerate(lengths) if length == d]
+            for slot, f in enumerate(mine):
+                places[f] = (len(self.rows), slot)
+            self.rows.append(_Rows(d, offset, first, len(mine)))
+            offset += len(mine) * self.rank * d
+            first += len(mine)
+        self._places = places
+        # Numbered as they lie in the buffer: the two factors of each target, each factor's partner and its target.
+        number = [self.rows[group].first + slot for group, slot in places]
+        self._a_of = torch.tensor(number[0::2], device=self.device)
+        self._b_of = torch.tensor(number[1::2], device=self.device)
+        self._partner = torch.empty(len(number), dtype=torch.int64, device=self.device)
+        self._partner[self._a_of], self._partner[self._b_of] = self._b_of, self._a_of
+        self._owner = torch.empty_like(self._partner)
+        self._owner[self._a_of] = self._owner[self._b_of] = torch.arange(len(self.targets), device=self.device)
+        self._spectrum_start = offset
+        self.adapter_size = offset + self.spectral * len(self.targets) * self.rank
+        offset = self.adapter_size
         self.head_places: dict[str, tuple[int, torch.Size]] = {}
         for name, p in self.head.shapes.items():
             self.head_places[name] = (offset, p)
             offset += p.numel()
         self.size = offset
-        self.targets = [name for g in self.groups for name in g.names]
         decays = torch.ones(self.size, dtype=self.dtype, device=self.device)
         for start, shape in self.head_places.values():
             if len(shape) < 2:
@@ -219,12 +256,16 @@ class Lanes:
 
     def _resize(self, lanes: int, keep: Sequence[int] = ()) -> None:
         """Buffers for so many lanes; the rows `keep` of the present ones come first."""
+
+        def zeros(*shape: int, dtype: torch.dtype = self.dtype) -> Tensor:
+            return torch.zeros(*shape, dtype=dtype, device=self.device)
+
         # Four tensors, not four rows of one: autograd takes a write to the gradients for one to the values.
-        new = [torch.zeros(lanes, self.size, dtype=self.dtype, device=self.device) for _ in range(4)]
+        new = [zeros(lanes, self.size) for _ in range(4)]
         # AdaLoRA's smoothed sensitivity and its uncertainty.
-        scores = torch.zeros(2, lanes, self.adapter_size * self.spectral, dtype=self.dtype, device=self.device)
-        fisher = torch.zeros(lanes, len(self.targets), dtype=self.dtype, device=self.device)
-        coefficients = torch.zeros(2, lanes, len(self.targets), dtype=self.dtype, device=self.device)
+        scores = zeros(2, lanes, self.adapter_size * self.spectral)
+        fisher = zeros(lanes, len(self.targets))
+        coefficients = zeros(2, lanes, len(self.targets))
         if keep:
             rows = torch.tensor(list(keep), device=self.device)
             for buffer, old in zip(new, self._buffers, strict=True):
@@ -234,27 +275,32 @@ class Lanes:
             coefficients[:, : len(keep)] = self.coefficients[:, rows]
         self._buffers, self.fisher, self.coefficients, self._scores = new, fisher, coefficients, scores
         self.values, self.grads, self._first, self._second = new
-        self.factors: dict[str, tuple[Tensor, ...]] = {}
-        for g in self.groups:
-            values, grads = self._group(self.values, g), self._group(self.grads, g)
-            if self.spectral:
-                values, grads = (*values, self._spectrum(self.values, g)), (*grads, self._spectrum(self.grads, g))
-            for m, name in enumerate(g.names):
-                self.factors[name] = tuple(_leaf(v[:, m], d[:, m]) for v, d in zip(values, grads, strict=True))
+        # What the encoder reads and writes: the buffers themselves, or their copies in half precision.
+        self._work, self._work_grads = self.values, self.grads
+        if self.compute_dtype != self.dtype:
+            self._work, self._work_grads = (zeros(lanes, self.adapter_size, dtype=self.compute_dtype) for _ in range(2))
+        self.factors = {n: self._factors(self._work, m) for m, n in enumerate(self.targets)}
+        self._factor_grads = {n: self._factors(self._work_grads, m) for m, n in enumerate(self.targets)}
         self.head_values = {
             name: _leaf(self._head_view(self.values, name), self._head_view(self.grads, name))
             for name in self.head_places
         }
 
-    def _group(self, buffer: Tensor, g: _Group) -> tuple[Tensor, Tensor]:
-        lanes, m = buffer.shape[0], len(g.names)
-        a = buffer[:, g.a : g.b].view(lanes, m, self.rank, g.d_in)
-        b = buffer[:, g.b : g.b + m * g.d_out * self.rank].view(lanes, m, g.d_out, self.rank)
-        return a, b
+    def _of(self, buffer: Tensor, rows: _Rows) -> Tensor:
+        """[E, K, r, d]."""
+        size = rows.k * self.rank * rows.d
+        return buffer[:, rows.start : rows.start + size].view(-1, rows.k, self.rank, rows.d)
 
-    def _spectrum(self, buffer: Tensor, g: _Group) -> Tensor:
-        size = len(g.names) * self.rank
-        return buffer[:, g.e : g.e + size].view(buffer.shape[0], len(g.names), self.rank)
+    def _spectrum(self, buffer: Tensor) -> Tensor:
+        """Λ [E, M, r]."""
+        size = len(self.targets) * self.rank
+        start = self._spectrum_start
+        return buffer[:, start : start + size].view(-1, len(self.targets), self.rank)
+
+    def _factors(self, buffer: Tensor, m: int) -> tuple[Tensor, ...]:
+        """A [E, r, d_in] and transposed B [E, r, d_out] (and Λ [E, r]) of target m."""
+        pair = [self._of(buffer, self.rows[g])[:, slot] for g, slot in self._places[2 * m : 2 * m + 2]]
+        return (*pair, self._spectrum(buffer)[:, m]) if self.spectral else tuple(pair)
 
     def _head_view(self, buffer: Tensor, name: str) -> Tensor:
         start, shape = self.head_places[name]
@@ -276,14 +322,15 @@ class Lanes:
         generator = torch.Generator(self.device).manual_seed(settings.seed)
         self.lanes.append(Lane(settings, generator))
         with torch.no_grad():
-            for name, (a, b, *spectrum) in adapters.items():
-                own_a, own_b, *own_spectrum = self.factors[name]
-                own_a[lane, : a.shape[0]] = a.to(own_a)
-                own_b[lane, :, : b.shape[1]] = b.to(own_b)
-                for own, given in zip(own_spectrum, spectrum, strict=True):
-                    own[lane, : len(given)] = given.to(own)
+            for m, name in enumerate(self.targets):
+                if name in adapters:
+                    a, b, *spectrum = adapters[name]
+                    own = self._factors(self.values, m)
+                    for there, given in zip(own, (a, b.mT, *spectrum), strict=True):
+                        there[lane, : len(given)] = given.to(there)
             for name, value in head.items():
-                self.head_values[name][lane] = value.to(self.dtype)
+                self.head_values[name][lane] = value.to(self.head_values[name])
+        self._arrange()
         return lane
 
     def release(self, lane: int) -> None:
@@ -291,55 +338,115 @@ class Lanes:
         keep = [e for e in range(len(self.lanes)) if e != lane]
         del self.lanes[lane]
         self._resize(len(keep), keep)
+        self._arrange()
+
+    def _arrange(self) -> None:
+        """What follows from which runs are in the lanes, as tensors over lanes."""
+        settings = [lane.settings for lane in self.lanes]
+
+        def column(values: Sequence[float | bool], dtype: torch.dtype | None = None) -> Tensor:
+            return torch.tensor(values, dtype=dtype or self.dtype, device=self.device)[:, None]
+
+        self.scales = column([s.scale for s in settings], self.compute_dtype)[:, None]
+        ranks = torch.tensor([[s.ranks.get(n, 0) for n in self.targets] for s in settings], device=self.device)
+        ranks = ranks.view(len(settings), len(self.targets))
+        self._owned = ranks > 0
+        fws = [s.fw for s in settings]
+        self._ema = column([fw.ema if fw else 0.0 for fw in fws])
+        self._shares = column([bool(fw and fw.averaging == "share") for fw in fws], torch.bool)
+        self._columns = column([fw.sketch_columns if fw else 1 for fw in fws])[:, 0]
+        self._free = column([bool(fw and fw.estimator == "adapter") for fw in fws], torch.bool)
+        self._in_loss = column([not fw or fw.coupling == "loss" for fw in fws], torch.bool)[:, None, None]
+        # 3·d_in/(s²·r), see `fwlora.fisher.adapter_energy`.
+        d_in = torch.tensor([d for d, _ in self._shapes], device=self.device)
+        self._adapter_factor = 3.0 * d_in / ranks.clamp_min(1) / column([s.scale for s in settings]).square()
+        if self.spectral:
+            adas = [_allocation(lane) for lane in self.lanes]
+            self._betas = [column([b[i] for b in ((ada.beta1, ada.beta2) for ada in adas)]) for i in range(2)]
+            self._orthogonality = column([ada.orth_reg_weight for ada in adas])[:, 0]
+            # The identity of each lane's own rank: padding is orthogonal to nothing.
+            self._own_rank = torch.arange(self.rank, device=self.device) < ranks[..., None]
+            self._eye = self._own_rank[:, self._owner].to(self.dtype).diag_embed()
+        if self._replays:
+            self._replays.clear()
 
     def adapters(self, lane: int) -> dict[str, tuple[Tensor, ...]]:
-        """A, B (and Λ) by target, cut to the lane's own ranks; targets of rank 0 are left out."""
+        """A [r, d_in], B [d_out, r] (and Λ) by target, cut to the lane's own ranks; targets of rank 0 are left out."""
         ranks = self.lanes[lane].settings.ranks
         out: dict[str, tuple[Tensor, ...]] = {}
-        for name, (a, b, *spectrum) in self.factors.items():
+        for m, name in enumerate(self.targets):
             if r := ranks.get(name):
-                own = (a[lane, :r], b[lane, :, :r], *(e[lane, :r] for e in spectrum))
-                out[name] = tuple(t.detach().clone() for t in own)
+                a, b, *spectrum = self._factors(self.values, m)
+                own = (a[lane, :r], b[lane, :r].mT, *(e[lane, :r] for e in spectrum))
+                out[name] = tuple(t.clone(memory_format=torch.contiguous_format) for t in own)
         return out
 
     def head_of(self, lane: int) -> dict[str, Tensor]:
         """The head's parameters by name."""
         return {name: value[lane].detach().clone() for name, value in self.head_values.items()}
 
-    # Randomness: every lane draws from its own generator, for its own tokens
+    # What the layers ask for
+
+    def of_present(self, t: Tensor) -> Tensor:
+        """The rows [E, …] of the lanes in this pass."""
+        return t if self._chosen is None else t[self._chosen]
+
+    def adapter(self, name: str) -> Adapter:
+        """The factors of a target for the lanes in this pass."""
+        a, b, *spectrum = map(self.of_present, self.factors[name])
+        grad_a, grad_b, *grad_e = self._factor_grads[name]
+        scale = self.of_present(self.scales)
+        c = scale * spectrum[0][:, None] if spectrum else scale
+        sink: Callable[[Tensor, Tensor], None] | None = None
+        if self._plan is not None and self._plan.watching:
+
+            def sink(g: Tensor, x: Tensor) -> None:
+                self._energies[name] = self._energy(g, x)
+
+        return Adapter(a, b, c, grad_a, grad_b, scale[:, 0], grad_e[0] if grad_e else None, sink)
+
+    def adapter_mask(self, x: Tensor) -> Tensor | None:
+        """Dropout of the adapters' input, or None."""
+        rates = [self.lanes[e].settings.dropout for e in self.present]
+        return self.token_mask(x, rates) if self.model.training and any(rates) else None
 
     def token_mask(self, x: Tensor, rates: Sequence[float]) -> Tensor:
         """Masks [E, N, d] of dropout, divided by 1 − p; `rates` by lane."""
         assert self._packed is not None
-        mask = torch.zeros_like(x)
-        for row, (e, p) in enumerate(zip(self.present, rates, strict=True)):
-            n = self._packed.counts[row]
-            mask[row, :n].bernoulli_(1.0 - p, generator=self.lanes[e].generator)
-            mask[row, :n].div_(1.0 - p)
+        return self._mask(x.shape, self._packed.counts, rates)
+
+    def sentence_mask(self, x: Tensor, p: float) -> Tensor:
+        """Masks [E, b, d] of the head's dropout."""
+        assert self._packed is not None
+        return self._mask(x.shape, self._packed.sentences, [p] * len(x)).to(x.dtype)
+
+    def _mask(self, shape: torch.Size, counts: Sequence[int], rates: Sequence[float]) -> Tensor:
+        assert self._packed is not None
+        lanes, _, d = shape
+        if self._packed.uniform and len(set(rates)) == 1:
+            mask = torch.empty(shape, dtype=self.compute_dtype, device=self.device)
+            self._draws.keep(self._draws.same(lanes, shape[1:].numel()), rates[0], mask)
+            return mask
+        mask = torch.zeros(shape, dtype=self.compute_dtype, device=self.device)
+        drawn = self._draws.same(lanes, shape[1:].numel()) if self._packed.uniform else None
+        for row, (n, p) in enumerate(zip(counts, rates, strict=True)):
+            self._draws.keep(self._draws.one(row, n * d) if drawn is None else drawn[row], p, mask[row, :n])
         return mask
 
-    def adapter_dropout(self, x: Tensor) -> Tensor:
-        rates = [self.lanes[e].settings.dropout for e in self.present]
-        if not self.model.training or not any(rates):
-            return x
-        return x * self.token_mask(x, rates)
-
-    def _attention_mask(self, block: Block, shape: torch.Size, p: float) -> Tensor:
-        mask = torch.empty(shape, dtype=self.dtype, device=self.device)
+    def _attention_mask(self, block: Block, shape: tuple[int, ...], p: float) -> Tensor:
+        assert self._packed is not None
+        mask = torch.empty(shape, dtype=self.compute_dtype, device=self.device)
+        lanes = len(self.present)
+        each = mask[0].numel()
+        if self._packed.uniform:
+            self._draws.keep(self._draws.same(lanes, shape[0] // lanes * each), p, mask.view(lanes, -1))
+            return mask
         start = 0
         for row, sentences in block.lanes:
             part = mask[start : start + sentences]
-            part.bernoulli_(1.0 - p, generator=self.lanes[self.present[row]].generator)
+            self._draws.keep(self._draws.one(row, sentences * each), p, part)
             start += sentences
-        return mask.div_(1.0 - p)
-
-    def _head_mask(self, x: Tensor, p: float) -> Tensor:
-        assert self._packed is not None
-        mask = torch.zeros_like(x)
-        for row, e in enumerate(self.present):
-            n = int((self._packed.weights[row] > 0).sum())
-            mask[row, :n].bernoulli_(1.0 - p, generator=self.lanes[e].generator)
-        return mask.div_(1.0 - p)
+        return mask
 
     # Forward, backward, update
 
@@ -347,12 +454,7 @@ class Lanes:
         """Logits [E, b, classes] of each lane's sentences; row e of `packed` belongs to lane `lanes[e]`."""
         self.present = list(range(len(self.lanes))) if lanes is None else list(lanes)
         whole = self.present == list(range(len(self.lanes)))
-        self.chosen = None if whole else torch.tensor(self.present, device=self.device)
-        self.scales = torch.tensor(
-            [self.lanes[e].settings.scale for e in self.present],
-            dtype=self.dtype,
-            device=self.device,
-        )[:, None, None]
+        self._chosen = None if whole else torch.tensor(self.present, device=self.device)
         self._packed = packed
         inputs = {
             "input_ids": packed.tokens,
@@ -362,37 +464,84 @@ class Lanes:
             inputs["token_type_ids"] = packed.types
         hidden = self.encoder(**inputs, packed=packed, drop=self._attention_mask).last_hidden_state
         first = hidden.reshape(-1, hidden.shape[-1]).index_select(0, packed.first.flatten())
-        return self.head(first.view(*packed.first.shape, -1))
+        return self.head(first.view(*packed.first.shape, -1).to(self.dtype))
 
     def step(self, packed: Packed, learning_rates: Sequence[float], regression: bool = False) -> Tensor:
         """One optimiser step of every lane; the lanes' losses [E], on the device."""
         self.model.train()
-        self.watching = self._is_watching()
-        self.grads.zero_()
+        plan = self._plan_step(learning_rates, regression)
         packed = packed.to(self.device)
-        losses = self._losses(self.logits(packed), packed, regression)
-        losses.sum().backward()
-        self.watching = False
-        with torch.no_grad():
-            if self.spectral:
-                losses = losses + self._orthogonalise()
-            self._clip()
-            self._observe()
-            lr = torch.tensor(list(learning_rates), dtype=self.dtype, device=self.device)[:, None]
-            self._shrink(lr)
-            self._adamw(lr)
-            if self.spectral:
-                self._allocate()
+        losses = self._replay(packed, plan) if packed.uniform and self._replays is not None else None
+        if losses is None:
+            losses = self._compute(packed, plan)
+        if self.spectral:
+            self._allocate()
         for e, lane in enumerate(self.lanes):
             lane.step += 1
             if lane.settings.fw is not None and lane.step == lane.settings.warmup_steps:
                 self._freeze(e)
-        return losses.detach()
+        return losses
+
+    def _plan_step(self, learning_rates: Sequence[float], regression: bool) -> _Plan:
+        watching, shrinking, numbers = [], set(), []
+        for e, (lane, lr) in enumerate(zip(self.lanes, learning_rates, strict=True)):
+            own, t = lane.settings, lane.step + 1
+            watches = self._watches(lane)
+            if watches:
+                watching.append(e)
+            if own.fw is not None and lane.step >= own.warmup_steps:
+                shrinking.add(NORMS.index(own.fw.norm))
+            limit = float("inf") if own.max_grad_norm is None else own.max_grad_norm
+            learns = own.ada is not None and t < own.ada.total_steps - own.ada.tfinal
+            bias1, bias2 = (1.0 - beta**t for beta in _BETAS)
+            numbers.append([lr, own.weight_decay, bias1, bias2**0.5, limit, float(watches), float(learns)])
+        table = torch.tensor(numbers, dtype=self.dtype).T.contiguous()[..., None]
+        return _Plan(
+            watching=tuple(watching),
+            shrinking=tuple(sorted(shrinking)),
+            regression=regression,
+            numbers=table.to(self.device, non_blocking=True),
+            probes=self._probes(watching),
+        )
+
+    def _compute(self, packed: Packed, plan: _Plan) -> Tensor:
+        """The whole step on the device: nothing here waits for it, and nothing comes from the host."""
+        self._plan = plan
+        lr, decay, bias1, bias2, limit, watches, learns = plan.numbers.unbind()
+        self._draws.begin([lane.generator for lane in self.lanes], packed.uniform)
+        self.grads.zero_()
+        size = self.adapter_size
+        if self._work is not self.values:
+            self._work.copy_(self.values[:, :size])
+            self._work_grads.zero_()
+        losses = self._losses(self.logits(packed), packed, plan.regression)
+        losses.sum().backward()
+        self._plan = None
+        losses = losses.detach()
+        with torch.no_grad():
+            if self._work_grads is not self.grads:
+                self.grads[:, :size].copy_(self._work_grads)
+            grams = self._grams() if self.spectral or 0 in plan.shrinking else None
+            if self.spectral:
+                losses = losses + self._orthogonalise(grams)
+            norms = torch.linalg.vector_norm(self.grads, dim=1, keepdim=True)
+            # As torch.nn.utils.clip_grad_norm_ does it; a norm that is not finite must not hide behind the limit.
+            self.grads.mul_((limit / (norms + 1e-6)).clamp_(max=1.0))
+            if plan.watching:
+                self._observe(watches > 0)
+            for norm in plan.shrinking:
+                self._shrink(norm, grams, lr)
+            self._adamw(lr, decay, bias1, bias2)
+            if self.spectral:
+                self._sense(learns > 0)
+        return losses
 
     @torch.inference_mode()
     def predict(self, packed: Packed, lanes: Sequence[int]) -> Tensor:
         """Logits without dropout, as `logits`."""
         self.model.eval()
+        if self._work is not self.values:
+            self._work.copy_(self.values[:, : self.adapter_size])
         return self.logits(packed.to(self.device), lanes)
 
     @staticmethod
@@ -404,25 +553,14 @@ class Lanes:
         # Where there is no sentence the weight is 0, and NaN times 0 must not be.
         return torch.where(packed.weights > 0, single * packed.weights, 0.0).sum(-1)
 
-    def _clip(self) -> None:
-        limits = [lane.settings.max_grad_norm for lane in self.lanes]
-        if all(limit is None for limit in limits):
-            return
-        limit = torch.tensor([float("inf") if v is None else v for v in limits], dtype=self.dtype, device=self.device)
-        norms = torch.linalg.vector_norm(self.grads, dim=1)
-        # As torch.nn.utils.clip_grad_norm_ does it; a norm that is not finite must not hide behind the limit.
-        self.grads.mul_((limit / (norms + 1e-6)).clamp(max=1.0)[:, None])
-
-    def _adamw(self, lr: Tensor) -> None:
-        """torch.optim.AdamW's update, on all lanes at once; lr [E, 1]."""
-        column = [[lane.settings.weight_decay, lane.step + 1.0] for lane in self.lanes]
-        decay, t = torch.tensor(column, dtype=self.dtype, device=self.device)[:, :, None].unbind(1)
+    def _adamw(self, lr: Tensor, decay: Tensor, bias1: Tensor, bias2: Tensor) -> None:
+        """torch.optim.AdamW's update, on all lanes at once."""
         beta1, beta2 = _BETAS
-        self.values.mul_(1.0 - lr * decay * self._decays)
+        self.values.addcmul_(self.values, lr * decay * self._decays, value=-1.0)
         self._first.lerp_(self.grads, 1.0 - beta1)
         self._second.mul_(beta2).addcmul_(self.grads, self.grads, value=1.0 - beta2)
-        denominator = (self._second.sqrt() / (1.0 - beta2**t).sqrt()).add_(_EPS)
-        self.values.sub_(self._first / denominator * (lr / (1.0 - beta1**t)))
+        denominator = self._second.sqrt().div_(bias2).add_(_EPS)
+        self.values.sub_((self._first / denominator).mul_(lr / bias1))
 
     # Fisher-Weighted LoRA over lanes
 
@@ -433,45 +571,47 @@ class Lanes:
         ago = lane.step - fw.start
         return ago >= 0 and ago % fw.every == 0
 
-    def _is_watching(self) -> bool:
-        self._energies = {}
-        self._watched = [
-            e
-            for e, lane in enumerate(self.lanes)
-            if self._watches(lane) and lane.settings.fw.estimator != "adapter"  # type: ignore[union-attr]
-        ]
-        return bool(self._watched)
+    def _probes(self, watching: Sequence[int]) -> dict[int, Tensor]:
+        sketching = [(e, self.lanes[e].settings.fw) for e in watching]
+        sketching = [(e, fw) for e, fw in sketching if fw is not None and fw.estimator == "sketch"]
+        if not sketching:
+            return {}
+        most = max(fw.sketch_columns for _, fw in sketching)
+        probes = {}
+        for d in dict.fromkeys(d for d, _ in self._shapes):
+            probes[d] = torch.zeros(len(self.lanes), most, d, dtype=self.compute_dtype, device=self.device)
+            for e, fw in sketching:
+                probes[d][e, : fw.sketch_columns] = estimators.gaussian_probe(
+                    d,
+                    fw.sketch_columns,
+                    seed=fw.seed,
+                    step=self.lanes[e].step,
+                    device=self.device,
+                    dtype=self.compute_dtype,
+                ).T
+        return probes
 
-    def watch(self, name: str, g: Tensor, x: Tensor) -> None:
-        """The step's Fisher energy of one target for the lanes that watch; g [E, N, d_out], x [E, N, d_in]."""
-        assert self._packed is not None
-        energies = g.new_zeros(len(self.lanes))
-        for e in self._watched:
+    def _energy(self, g: Tensor, x: Tensor) -> Tensor:
+        """The step's Fisher energy of one target [E], 0 where none is taken; g [E, N, d_out], x [E, N, d_in]."""
+        assert self._packed is not None and self._plan is not None
+        if self._plan.probes:
+            sketch = torch.bmm(torch.bmm(x, self._plan.probes[x.shape[-1]].mT).mT, g)
+            energies = sketch.to(self.dtype).square().sum((1, 2)) / self._columns
+        else:
+            energies = torch.zeros(len(self.lanes), dtype=self.dtype, device=self.device)
+        for e in self._plan.watching:
             fw, n = self.lanes[e].settings.fw, self._packed.counts[e]
             assert fw is not None
-            own_g, own_x = g[e, :n], x[e, :n]
-            match fw.estimator:
-                case "exact":
-                    energies[e] = estimators.weight_gradient(own_g, own_x).square().sum()
-                case "sketch":
-                    probe = estimators.gaussian_probe(
-                        x.shape[-1],
-                        fw.sketch_columns,
-                        seed=fw.seed,
-                        step=self.lanes[e].step,
-                        device=x.device,
-                        dtype=x.dtype,
-                    )
-                    sketch = estimators.sketched_gradient(own_g, own_x, probe)
-                    energies[e] = sketch.square().sum() / fw.sketch_columns
-                case _:
-                    energies[e] = self._per_example(e, g, x)
-        self._energies[name] = energies
+            if fw.estimator == "exact":
+                energies[e] = estimators.weight_gradient(g[e, :n], x[e, :n]).square().sum()
+            elif fw.estimator == "per_example":
+                energies[e] = self._per_example(e, g, x)
+        return energies
 
     def _per_example(self, lane: int, g: Tensor, x: Tensor) -> Tensor:
         assert self._packed is not None
         flat_g, flat_x = g.reshape(-1, g.shape[-1]), x.reshape(-1, x.shape[-1])
-        total = g.new_zeros(())
+        total = torch.zeros((), dtype=self.dtype, device=self.device)
         for block in self._packed.blocks:
             start = 0
             for row, sentences in block.lanes:
@@ -484,37 +624,24 @@ class Lanes:
                     )
         return total
 
-    def _observe(self) -> None:
-        if self._watched:
-            energies = torch.stack([self._energies[name] for name in self.targets], -1)
-            self._average(self._watched, energies[self._watched])
-        free = [
-            e
-            for e, lane in enumerate(self.lanes)
-            if self._watches(lane) and lane.settings.fw.estimator == "adapter"  # type: ignore[union-attr]
-        ]
-        for e in free:
-            ranks = self.lanes[e].settings.ranks
-            shapes = [(max(1, ranks.get(n, 0)), self.factors[n][0].shape[-1]) for n in self.targets]
-            grads = [self.factors[n][1].grad[e] for n in self.targets]  # type: ignore[index]
-            scale = torch.full((len(shapes),), self.lanes[e].settings.scale, dtype=torch.float64)
-            self._average([e], estimators.adapter_energy(grads, scale, shapes)[None])
-
-    def _average(self, lanes: Sequence[int], energies: Tensor) -> None:
-        for row, e in enumerate(lanes):
-            fw = self.lanes[e].settings.fw
-            assert fw is not None
-            own = torch.tensor([bool(self.lanes[e].settings.ranks.get(n)) for n in self.targets])
-            step = torch.where(own.to(energies.device), energies[row], 0.0)
-            # Nobody need count a step that is left out: its update makes the lane NaN, and the run fails and says so.
-            self.fisher[e], _ = estimators.update_average(self.fisher[e], step, fw.ema, fw.averaging)
+    def _observe(self, watches: Tensor) -> None:
+        """Average the step's energies into F for the lanes that watch [E, 1]."""
+        energies = torch.stack([self._energies[name] for name in self.targets], -1)
+        self._energies = {}
+        if any(lane.settings.fw is not None and lane.settings.fw.estimator == "adapter" for lane in self.lanes):
+            squares = torch.cat([self._of(self.grads, rows).square().sum((-2, -1)) for rows in self.rows], 1)
+            energies = torch.where(self._free, squares[:, self._b_of] * self._adapter_factor, energies)
+        energies = torch.where(self._owned, energies, 0.0)
+        # Nobody need count a step that is left out: its update makes the lane NaN, and the run fails and says so.
+        raw, share = (estimators.update_average(self.fisher, energies, self._ema, how)[0] for how in ("raw", "share"))
+        self.fisher.copy_(torch.where(watches, torch.where(self._shares, share, raw), self.fisher))
 
     def _freeze(self, e: int) -> None:
         """Weights from F over the lane's own targets, once; the penalty's coefficients for the rest of its run."""
         settings = self.lanes[e].settings
         fw = settings.fw
         assert fw is not None
-        own = torch.tensor([i for i, n in enumerate(self.targets) if settings.ranks.get(n)])
+        own = torch.tensor([i for i, n in enumerate(self.targets) if settings.ranks.get(n)], device=self.device)
         weights = penalty_weights(
             self.fisher[e, own],
             fw.weighting,
@@ -526,34 +653,38 @@ class Lanes:
         square = settings.scale**2 if fw.norm == "update" else 1.0
         self.coefficients[NORMS.index(fw.norm), e, own] = fw.shrinkage * square * weights
 
-    def _shrink(self, lr: Tensor) -> None:
-        """Adds the penalty's gradient to the gradients, or takes it off the values at the learning rate."""
-        shrinking = [
-            lane.settings.fw
-            for lane in self.lanes
-            if lane.settings.fw is not None and lane.step >= lane.settings.warmup_steps
-        ]
-        for norm, gradients in enumerate((update_gradients, factor_gradients)):
-            if not any(NORMS.index(fw.norm) == norm for fw in shrinking):
-                continue
-            in_loss = torch.tensor(
-                [lane.settings.fw is None or lane.settings.fw.coupling == "loss" for lane in self.lanes],
-                device=self.device,
-            )[:, None, None, None]
-            start = 0
-            for g in self.groups:
-                m = len(g.names)
-                c = self.coefficients[norm, :, start : start + m].flatten()
-                start += m
-                values = self._group(self.values, g)
-                terms = gradients(values[0].flatten(0, 1), values[1].flatten(0, 1), c)
-                for value, grad, term in zip(values, self._group(self.grads, g), terms, strict=True):
-                    term = term.view_as(value)
-                    if all(fw.coupling == "loss" for fw in shrinking):
-                        grad.add_(term)
-                    else:
-                        grad.add_(torch.where(in_loss, term, 0.0))
-                        value.sub_(torch.where(in_loss, 0.0, term) * lr[:, :, None, None])
+    def _grams(self) -> Tensor:
+        """`AAᵀ` and `BᵀB` of every factor: [E, 2M, r, r]."""
+        lanes = len(self.lanes)
+        grams = []
+        for rows in self.rows:
+            flat = self._of(self.values, rows).flatten(0, 1)
+            grams.append(torch.bmm(flat, flat.mT).view(lanes, rows.k, self.rank, self.rank))
+        return torch.cat(grams, 1)
+
+    def _shrink(self, norm: int, grams: Tensor | None, lr: Tensor) -> None:
+        """Adds the penalty's gradient to the gradients, or takes it off the values at the learning rate.
+
+        `fwlora.shrinkage.update_gradients` over the flat buffer: each factor is multiplied with its partner's Gram
+        matrix, A with BᵀB and Bᵀ with AAᵀ; for the norm of the factors themselves with the identity.
+        """
+        twice = 2.0 * self.coefficients[norm][:, self._owner, None, None]
+        if NORMS[norm] == "update":
+            assert grams is not None
+            twice = grams[:, self._partner] * twice
+        mixed = any(lane.settings.fw is not None and lane.settings.fw.coupling != "loss" for lane in self.lanes)
+        for rows in self.rows:
+            values, grads = self._of(self.values, rows), self._of(self.grads, rows)
+            own = twice[:, rows.first : rows.first + rows.k]
+            if NORMS[norm] == "update":
+                term = torch.bmm(own.flatten(0, 1), values.flatten(0, 1)).view_as(values)
+            else:
+                term = own * values
+            if not mixed:
+                grads.add_(term)
+            else:
+                grads.add_(torch.where(self._in_loss, term, 0.0))
+                values.sub_(torch.where(self._in_loss, 0.0, term) * lr[..., None, None])
 
     def phase(self, lane: int) -> str:
         """The part of its run that the lane's next step belongs to, as the methods name them."""
@@ -566,81 +697,96 @@ class Lanes:
 
     # AdaLoRA over lanes
 
-    def _orthogonalise(self) -> Tensor:
+    def _orthogonalise(self, grams: Tensor | None) -> Tensor:
         """Adds the gradient of `w·mean(‖AAᵀ − I‖_F, ‖BᵀB − I‖_F)` over all A and B; its value by lane [E]."""
-        adas = [_allocation(lane) for lane in self.lanes]
-        weights = self.values.new_tensor([ada.orth_reg_weight for ada in adas])
-        ranks = [lane.settings.ranks for lane in self.lanes]
-        counts = self.values.new_tensor([2.0 * sum(r > 0 for r in of.values()) for of in ranks])
-        total = self.values.new_zeros(len(self.lanes))
-        for g in self.groups:
-            own = torch.tensor([[of.get(n, 0) for n in g.names] for of in ranks], device=self.device)
-            # The identity of each lane's own rank: padding is orthogonal to nothing.
-            eye = (torch.arange(self.rank, device=self.device) < own[..., None]).to(self.dtype).diag_embed()
-            (a, b), (grad_a, grad_b) = self._group(self.values, g), self._group(self.grads, g)
-            for off, grad, left in ((a @ a.mT - eye, grad_a, True), (b.mT @ b - eye, grad_b, False)):
-                norm = torch.linalg.matrix_norm(off)
-                total += norm.sum(1)
-                # ∂‖C‖/∂A = 2·C·A/‖C‖ for C = AAᵀ − I, which is symmetric; 0 where C is.
-                unit = 2.0 * off / norm.clamp_min(torch.finfo(self.dtype).tiny)[..., None, None]
-                unit = unit * (weights / counts)[:, None, None, None]
-                grad.add_(unit @ a if left else b @ unit)
-        return weights * total / counts
+        assert grams is not None
+        off = grams - self._eye
+        norms = torch.linalg.matrix_norm(off)
+        share = self._orthogonality / (2.0 * self._owned.sum(1))
+        # ∂‖C‖/∂A = 2·C·A/‖C‖ for C = AAᵀ − I, which is symmetric; 0 where C is.
+        unit = off * (2.0 * share[:, None] / norms.clamp_min(torch.finfo(self.dtype).tiny))[..., None, None]
+        for rows in self.rows:
+            values = self._of(self.values, rows)
+            own = unit[:, rows.first : rows.first + rows.k]
+            self._of(self.grads, rows).add_(torch.bmm(own.flatten(0, 1), values.flatten(0, 1)).view_as(values))
+        return share * norms.sum(1)
+
+    def _sense(self, learns: Tensor) -> None:
+        """Update the sensitivities and their uncertainties after the optimizer's step, for lanes [E, 1] that learn."""
+        sensitivity, uncertainty = self._scores
+        beta1, beta2 = self._betas
+        size = self.adapter_size
+        now = (self.values[:, :size] * self.grads[:, :size]).abs_()
+        smooth = torch.lerp(now, sensitivity, beta1)
+        unsure = torch.lerp((now - smooth).abs_(), uncertainty, beta2)
+        self._scores[0] = torch.where(learns, smooth, sensitivity)
+        self._scores[1] = torch.where(learns, unsure, uncertainty)
 
     def _allocate(self) -> None:
-        """Updates the scores after the optimizer's step, and masks the least important λ where the schedule says."""
-        steps = [lane.step + 1 for lane in self.lanes]
+        """Mask the least important λ where the schedule says so."""
         adas = [_allocation(lane) for lane in self.lanes]
-        learning = [t < ada.total_steps - ada.tfinal for t, ada in zip(steps, adas, strict=True)]
-        sensitivity, uncertainty = self._scores
-        if any(learning):
-            on = torch.tensor(learning, device=self.device)[:, None]
-            beta1 = self.values.new_tensor([[ada.beta1] for ada in adas])
-            beta2 = self.values.new_tensor([[ada.beta2] for ada in adas])
-            now = (self.values[:, : self.adapter_size] * self.grads[:, : self.adapter_size]).abs()
-            smooth = beta1 * sensitivity + (1.0 - beta1) * now
-            unsure = beta2 * uncertainty + (1.0 - beta2) * (now - smooth).abs()
-            self._scores = torch.stack([torch.where(on, smooth, sensitivity), torch.where(on, unsure, uncertainty)])
         initial = [sum(lane.settings.ranks.values()) for lane in self.lanes]
-        budgets = [ada.budget(t, i) for ada, t, i in zip(adas, steps, initial, strict=True)]
+        budgets = [ada.budget(lane.step + 1, first) for ada, lane, first in zip(adas, self.lanes, initial, strict=True)]
         if all(budget is None for budget in budgets):
             return
         score = self._scores[0] * self._scores[1]
-        triplets = []  # [E, M, r] by group
-        for g in self.groups:
-            a, b = self._group(score, g)
-            triplets.append(self._spectrum(score, g) + (a.mean(-1) + b.mean(-2)))
+        means = torch.cat([self._of(score, rows).mean(-1) for rows in self.rows], 1)
+        triplets = self._spectrum(score) + (means[:, self._a_of] + means[:, self._b_of])  # [E, M, r]
         for e, budget in enumerate(budgets):
             if budget is None or initial[e] <= budget:
                 continue
-            ranks = self.lanes[e].settings.ranks
-            own = [
-                torch.arange(self.rank, device=self.device)
-                < torch.tensor([[ranks.get(n, 0)] for n in g.names], device=self.device)
-                for g in self.groups
-            ]
-            mine = torch.cat([t[e][keep] for t, keep in zip(triplets, own, strict=True)])
-            threshold = mine.kthvalue(initial[e] - budget).values
-            for g, t in zip(self.groups, triplets, strict=True):
-                self._spectrum(self.values, g)[e].masked_fill_(t[e] <= threshold, 0.0)
+            threshold = triplets[e][self._own_rank[e]].kthvalue(initial[e] - budget).values
+            self._spectrum(self.values)[e].masked_fill_(triplets[e] <= threshold, 0.0)
 
     def fisher_of(self, lane: int) -> dict[str, float]:
         """F_m by target."""
         ranks = self.lanes[lane].settings.ranks
         return {n: f for n, f in zip(self.targets, self.fisher[lane].tolist(), strict=True) if ranks.get(n)}
 
-    def penalties(self) -> Tensor:
-        """The value of each lane's penalty [E]; 0 before its weights are frozen."""
-        total = self.values.new_zeros(len(self.lanes))
-        for norm, norms in enumerate((update_norms, factor_norms)):
-            start = 0
-            for g in self.groups:
-                m = len(g.names)
-                a, b = self._group(self.values, g)
-                squares = norms(a.flatten(0, 1), b.flatten(0, 1)).view(-1, m)
-                total = total + (self.coefficients[norm, :, start : start + m] * squares).sum(1)
-                start += m
-        return total
+    # One graph of GPU launches a step
+
+    def _replay(self, packed: Packed, plan: _Plan) -> Tensor | None:
+        """The step as one captured graph; None where this kind of step is not captured yet, or cannot be."""
+        assert self._replays is not None
+        kind = (plan.kind, packed.types is None, tuple(packed.tokens.shape), tuple(packed.blocks[0].rows.shape))
+        if kind not in self._replays:
+            self._replays[kind] = _Replay()
+            return None  # the first of its kind runs as it is, and warms up what a capture must not
+        replay = self._replays[kind]
+        if replay.graph is None:
+            try:
+                replay.capture(self, packed, plan)
+            except RuntimeError as error:
+                warnings.warn(f"no CUDA graph of the step, it runs launch by launch: {error}", stacklevel=2)
+                self._replays = None
+                return None
+        return replay(packed, plan)
+
+
+@dataclass
+class _Replay:
+    """A captured step, its inputs' places and its losses."""
+
+    graph: torch.cuda.CUDAGraph | None = None
+    inputs: list[Tensor] = field(default_factory=list)
+    losses: Tensor | None = None
+
+    def capture(self, lanes: Lanes, packed: Packed, plan: _Plan) -> None:
+        self.inputs = [*packed.tensors(), *plan.tensors()]
+        graph = torch.cuda.CUDAGraph()
+        for lane in lanes.lanes:
+            graph.register_generator_state(lane.generator)
+        with torch.cuda.graph(graph):
+            self.losses = lanes._compute(packed, plan)
+        self.graph = graph
+
+    def __call__(self, packed: Packed, plan: _Plan) -> Tensor:
+        assert self.graph is not None and self.losses is not None
+        for place, now in zip(self.inputs, [*packed.tensors(), *plan.tensors()], strict=True):
+            if place is not now:
+                place.copy_(now, non_blocking=True)
+        self.graph.replay()
+        return self.losses.clone()
 
 
 def _allocation(lane: Lane) -> Allocation:
@@ -690,13 +836,11 @@ class _Head:
         lanes = self.lanes
         for layer in self.layers:
             if isinstance(layer, str):
-                weight, bias = (lanes.head_values[f"{layer}.{k}"] for k in ("weight", "bias"))
-                if lanes.chosen is not None:
-                    weight, bias = weight[lanes.chosen], bias[lanes.chosen]
+                weight, bias = (lanes.of_present(lanes.head_values[f"{layer}.{k}"]) for k in ("weight", "bias"))
                 x = torch.baddbmm(bias[:, None], x, weight.mT)
             elif isinstance(layer, float):
                 if lanes.model.training and layer > 0.0:
-                    x = x * lanes._head_mask(x, layer)
+                    x = x * lanes.sentence_mask(x, layer)
             else:
                 x = layer(x)
         return x

@@ -3,86 +3,134 @@
 Everything in an encoder works on single tokens but attention, so a row of packed tokens costs what its tokens cost.
 For attention the sentences are gathered into blocks of similar length, and no sentence sees another. How a
 sentence is treated depends on its own lane alone: a lane computes the same thing whatever its neighbours are.
+
+Rows are as long as the longest lane's tokens, which is what a CPU wants; or every batch of a run has one and the same
+`Shape`, which is what a graph of GPU launches needs.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, field, fields, replace
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn import functional
-from transformers import AttentionInterface, AttentionMaskInterface
 
 from fwlora_lab.tasks import TokenTable
 
-ATTENTION = "fwlora_packed"
 # Widths of attention blocks. Fixed, not fitted to the batch: a lane alone gets the blocks that it gets in company.
 _WIDTHS = (8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512)
+
+
+class Shape(NamedTuple):
+    """The one shape of all batches of a run: tokens in a row, sentences in a batch, tokens in a sentence."""
+
+    tokens: int
+    sentences: int
+    width: int
 
 
 @dataclass(frozen=True)
 class Block:
     """Sentences of up to T tokens for attention.
 
-    rows: int64 [S, T], where each token stands in the flattened [E·N] row; keep: bool [S, T], false for padding;
-    lanes: (lane, sentences) for the runs of sentences that belong to one lane, in order.
+    rows: int64 [S, T], where each token stands in the flattened [E·N] row; keep: bool [S, T], false for padding, and
+    `full` where there is none; lanes: (lane, sentences) for the runs of sentences that belong to one lane, in order.
     """
 
     rows: Tensor
     keep: Tensor
+    full: bool
     lanes: tuple[tuple[int, int], ...]
 
 
 @dataclass(frozen=True)
 class Packed:
-    """A batch of every lane. E lanes, rows of N tokens (the longest lane's), up to b sentences a lane.
+    """A batch of every lane. E lanes, rows of N tokens, up to b sentences a lane.
 
-    tokens, types, positions: int64 [E, N]; counts: true tokens by lane; first: int64 [E, b], each sentence's first
-    token in the flattened [E·N] row; labels [E, b]; weights [E, b]: 1/(sentences of the lane), 0 where there is none;
-    back: int64 [E·N], where each token stands among the blocks' tokens, block after block.
+    tokens, types, positions: int64 [E, N]; true: bool [E·N], false for what fills a row up, and `padded` where there
+    is such; first: int64 [E, b], each sentence's first token in the flattened [E·N] row; labels [E, b];
+    weights [E, b]: 1/(sentences of the lane), 0 where there is none; back: int64 [E·N], where each token stands among
+    the blocks' tokens, block after block; counts and sentences: tokens and sentences by lane; uniform: all batches of
+    the run have this shape, and nothing may depend on the counts.
     """
 
     tokens: Tensor
     types: Tensor | None
     positions: Tensor
-    counts: tuple[int, ...]
+    true: Tensor
     first: Tensor
     labels: Tensor
     weights: Tensor
-    blocks: tuple[Block, ...]
     back: Tensor
+    blocks: tuple[Block, ...]
+    counts: tuple[int, ...]
+    sentences: tuple[int, ...]
+    padded: bool
+    uniform: bool = False
+    _by_head: dict[int, tuple[list[Tensor], Tensor]] = field(default_factory=dict, compare=False)
+
+    def tensors(self) -> list[Tensor]:
+        """All tensors, in one order."""
+        own = [getattr(self, f.name) for f in fields(self)]
+        return [t for t in own if isinstance(t, Tensor)] + [t for b in self.blocks for t in (b.rows, b.keep)]
 
     def to(self, device: torch.device) -> Packed:
         """The same batch on `device`."""
-
-        def moved(t: Tensor) -> Tensor:
-            return t.to(device, non_blocking=True)
-
-        return Packed(
-            moved(self.tokens),
-            None if self.types is None else moved(self.types),
-            moved(self.positions),
-            self.counts,
-            moved(self.first),
-            moved(self.labels),
-            moved(self.weights),
-            tuple(Block(moved(b.rows), moved(b.keep), b.lanes) for b in self.blocks),
-            moved(self.back),
+        if self.tokens.device == device:
+            return self
+        moved = {
+            f.name: value.to(device, non_blocking=True)
+            for f in fields(self)
+            if isinstance(value := getattr(self, f.name), Tensor)
+        }
+        blocks = tuple(
+            replace(b, rows=b.rows.to(device, non_blocking=True), keep=b.keep.to(device, non_blocking=True))
+            for b in self.blocks
         )
+        return replace(self, **moved, blocks=blocks, _by_head={})
+
+    def by_head(self, heads: int) -> tuple[list[Tensor], Tensor]:
+        """`rows` of each block and `back` for tokens of [E·N·heads], blocks lying as [S, heads, T]; once per batch."""
+        if heads not in self._by_head:
+            device = self.back.device
+            head = torch.arange(heads, device=device)
+            rows, places, done = [], [], 0
+            for block in self.blocks:
+                s, t = block.rows.shape
+                rows.append((block.rows[:, None, :] * heads + head[:, None]).flatten())
+                at = torch.arange(s * heads * t, device=device).view(s, heads, t).transpose(1, 2) + done
+                places.append(at.reshape(s * t, heads))
+                done += s * heads * t
+            self._by_head[heads] = rows, torch.cat(places)[self.back].flatten()
+        return self._by_head[heads]
 
 
-def pack(table: TokenTable, batches: Sequence[Tensor], dtype: torch.dtype = torch.float32) -> Packed:
-    """The examples `batches[e]` (int64 [b_e]) of the table, one lane a row."""
+def pack(
+    table: TokenTable,
+    batches: Sequence[Tensor],
+    dtype: torch.dtype = torch.float32,
+    shape: Shape | None = None,
+) -> Packed:
+    """The examples `batches[e]` (int64 [b_e]) of the table, one lane a row; of this shape where one is given.
+
+    Raises:
+        ValueError: a batch that does not fit into the shape.
+    """
     lanes = len(batches)
     lengths = [table.offsets[i + 1] - table.offsets[i] for i in batches]
     counts = tuple(int(n.sum()) for n in lengths)
     width, most = max(counts), max(len(i) for i in batches)
+    if shape is not None:
+        longest = max(int(n.max()) for n in lengths)
+        if width > shape.tokens or most > shape.sentences or longest > shape.width:
+            raise ValueError(f"{width} tokens in {most} sentences of up to {longest} do not fit into {shape}")
+        width, most = shape.tokens, shape.sentences
     tokens = torch.zeros(lanes, width, dtype=torch.int64)
     types = torch.zeros_like(tokens) if table.types is not None else None
     positions = torch.zeros_like(tokens)
+    true = torch.zeros(lanes, width, dtype=torch.bool)
     first = torch.zeros(lanes, most, dtype=torch.int64)
     weights = torch.zeros(lanes, most, dtype=dtype)
     labels = torch.zeros(lanes, most, dtype=table.labels.dtype)
@@ -91,17 +139,43 @@ def pack(table: TokenTable, batches: Sequence[Tensor], dtype: torch.dtype = torc
         positions[e, : counts[e]] = torch.arange(counts[e]) - starts.repeat_interleave(n)
         source = table.offsets[index].repeat_interleave(n) + positions[e, : counts[e]]
         tokens[e, : counts[e]] = table.tokens[source].long()
+        true[e, : counts[e]] = True
         if types is not None:
             types[e, : counts[e]] = table.types[source].long()  # type: ignore[index]
         first[e, : len(index)] = e * width + starts
         first[e, len(index) :] = e * width  # a sentence of the lane's own: its neighbours' may be NaN
         weights[e, : len(index)] = 1.0 / len(index)
         labels[e, : len(index)] = table.labels[index]
-    blocks, back = _blocks(lengths, width)
-    return Packed(tokens, types, positions, counts, first, labels, weights, blocks, back)
+    blocks, back = _blocks(lengths, width) if shape is None else _one_block(lengths, shape)
+    sentences = tuple(len(i) for i in batches)
+    if shape is not None:
+        counts, sentences = (width,) * lanes, (most,) * lanes
+    return Packed(
+        tokens=tokens,
+        types=types,
+        positions=positions,
+        true=true.flatten(),
+        first=first,
+        labels=labels,
+        weights=weights,
+        back=back,
+        blocks=blocks,
+        counts=counts,
+        sentences=sentences,
+        padded=shape is not None or min(counts) < width,
+        uniform=shape is not None,
+    )
+
+
+def shape_of(table: TokenTable, batches: Sequence[Tensor]) -> Shape:
+    """The least shape, in steps of 64 tokens and of 8 in a sentence, that holds each of these batches."""
+    lengths = table.lengths()
+    tokens = max(int(lengths[i].sum()) for i in batches)
+    return Shape(-(-tokens // 64) * 64, max(len(i) for i in batches), -(-int(lengths.max()) // 8) * 8)
 
 
 def _blocks(lengths: Sequence[Tensor], width: int) -> tuple[tuple[Block, ...], Tensor]:
+    """Blocks of similar sentences, as many as there are widths among them."""
     back = torch.zeros(len(lengths) * width, dtype=torch.int64)
     widths = torch.tensor(_WIDTHS)
     chosen = [torch.bucketize(n, widths) for n in lengths]
@@ -114,63 +188,43 @@ def _blocks(lengths: Sequence[Tensor], width: int) -> tuple[tuple[Block, ...], T
             if not len(here):
                 continue
             start = e * width + (n.cumsum(0) - n)[here]
-            column = torch.arange(wide)
-            keep = column < n[here, None]
-            rows.append(torch.where(keep, start[:, None] + column, start[:, None]))
+            row, keep = _sentences(start, n[here], wide)
+            rows.append(row)
             keeps.append(keep)
             owners.append((e, len(here)))
         row, keep = torch.cat(rows), torch.cat(keeps)
         back[row[keep]] = done + keep.flatten().nonzero()[:, 0]
         done += row.numel()
-        blocks.append(Block(row, keep, tuple(owners)))
-    # What pads a lane's row reads a token of its own lane.
-    ends = [int(n.sum()) for n in lengths]
-    for e, end in enumerate(ends):
-        back[e * width + end : (e + 1) * width] = back[e * width]
-    return tuple(blocks), back
+        blocks.append(Block(row, keep, bool(keep.all()), tuple(owners)))
+    return tuple(blocks), _filled_up(back, lengths, width)
 
 
-def packed_attention(
-    module: torch.nn.Module,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attention_mask: Tensor | None,
-    *,
-    scaling: float,
-    packed: Packed,
-    drop: Any = None,
-    dropout: float = 0.0,
-    sliding_window: int | None = None,
-    **_: Any,
-) -> tuple[Tensor, None]:
-    """Attention within each sentence: query, key, value [E, heads, N, d_head] -> [E, N, heads, d_head].
-
-    `drop(block, shape, p)` draws the mask of attention dropout, already divided by 1 − p. A token sees the tokens of
-    its sentence that are less than `sliding_window` away.
-    """
-    lanes, heads, n, width = query.shape
-    flat = [t.transpose(1, 2).reshape(lanes * n, heads * width) for t in (query, key, value)]
-    out = []
-    for block in packed.blocks:
-        s, t = block.rows.shape
-        index = block.rows.flatten()
-        q, k, v = (x.index_select(0, index).view(s, t, heads, width).transpose(1, 2) for x in flat)
-        keep = block.keep[:, None, None, :]
-        if sliding_window is not None and t > sliding_window:
-            place = torch.arange(t, device=keep.device)
-            keep = keep & ((place[:, None] - place).abs() < sliding_window)
-        if dropout > 0.0 and drop is not None:
-            scores = (q @ k.mT * scaling).masked_fill(~keep, float("-inf"))
-            probabilities = scores.softmax(-1)
-            result = (probabilities * drop(block, probabilities.shape, dropout)) @ v
-        else:
-            mask = None if bool(block.keep.all()) and keep.shape[2] == 1 else keep
-            result = functional.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scaling)
-        out.append(result.transpose(1, 2).reshape(s * t, heads * width))
-    return torch.cat(out).index_select(0, packed.back).view(lanes, n, heads, width), None
+def _one_block(lengths: Sequence[Tensor], shape: Shape) -> tuple[tuple[Block, ...], Tensor]:
+    """Every sentence of every lane in one block of the widest; an empty place holds the lane's first token."""
+    back = torch.zeros(len(lengths) * shape.tokens, dtype=torch.int64)
+    rows, keeps = [], []
+    for e, n in enumerate(lengths):
+        empty = shape.sentences - len(n)
+        start = torch.cat([n.cumsum(0) - n, torch.zeros(empty, dtype=torch.int64)]) + e * shape.tokens
+        row, keep = _sentences(start, torch.cat([n, torch.ones(empty, dtype=torch.int64)]), shape.width)
+        own = keep.clone()
+        own[len(n) :] = False
+        back[row[own]] = e * row.numel() + own.flatten().nonzero()[:, 0]
+        rows.append(row)
+        keeps.append(keep)
+    owners = tuple((e, shape.sentences) for e in range(len(lengths)))
+    block = Block(torch.cat(rows), torch.cat(keeps), False, owners)
+    return (block,), _filled_up(back, lengths, shape.tokens)
 
 
-AttentionInterface.register(ATTENTION, packed_attention)
-# The encoder must build no mask of its own: which tokens see each other is known from `packed`.
-AttentionMaskInterface.register(ATTENTION, lambda *_, **__: None)
+def _sentences(start: Tensor, length: Tensor, width: int) -> tuple[Tensor, Tensor]:
+    column = torch.arange(width)
+    keep = column < length[:, None]
+    return torch.where(keep, start[:, None] + column, start[:, None]), keep
+
+
+def _filled_up(back: Tensor, lengths: Sequence[Tensor], width: int) -> Tensor:
+    """What fills a lane's row up reads a token of its own lane."""
+    for e, n in enumerate(lengths):
+        back[e * width + int(n.sum()) : (e + 1) * width] = back[e * width]
+    return back
