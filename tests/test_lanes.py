@@ -5,6 +5,7 @@ pytest tests/test_lanes.py
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Sequence
 from dataclasses import replace
 
@@ -13,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from torch.testing import assert_close
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import (
     BertConfig,
     BertForSequenceClassification,
@@ -29,7 +31,7 @@ from fwlora import FWLoraConfig
 from fwlora.shrinkage import NORMS
 from fwlora_lab.laneops import ATTENTION
 from fwlora_lab.lanes import Allocation, Lanes, LaneSettings
-from fwlora_lab.packing import pack
+from fwlora_lab.packing import Shape, pack, pack_shaped, shape_of
 from fwlora_lab.tasks import TokenTable, collate
 
 F64 = torch.float64
@@ -270,9 +272,10 @@ def test_every_lane_is_the_run_that_peft_trains(kind, table):
             assert handle.phase == "shrink"
             assert engine.fisher_of(i) == pytest.approx(handle.fisher(), rel=1e-6)
             fw = RUNS[i][2]["fw"]
-            unit = fw.shrinkage * (4.0 if fw.norm == "update" else 1.0)
-            want = [unit * w for w in handle.weights().values()]
-            assert engine.coefficients[NORMS.index(fw.norm), i].tolist() == pytest.approx(want, rel=1e-6)
+            twice = 2 * fw.shrinkage * (4.0 if fw.norm == "update" else 1.0)
+            want = [twice * w for w in handle.weights().values()]
+            for factor in (engine._a_of, engine._b_of):
+                assert engine.coefficients[NORMS.index(fw.norm), i, factor].tolist() == pytest.approx(want, rel=1e-6)
         else:
             assert not engine.coefficients[:, i].any()
 
@@ -431,3 +434,219 @@ def test_an_adalora_lane_is_pefts_adalora(table):
             assert_close(a, layer.lora_A["default"].detach(), rtol=1e-6, atol=1e-8)
             assert_close(b, layer.lora_B["default"].detach(), rtol=1e-6, atol=1e-8)
             assert_close(e, layer.lora_E["default"].detach()[:, 0], rtol=1e-6, atol=1e-8)
+
+
+# One shape for all batches, as a graph of GPU launches needs it
+
+
+SHAPED = Shape(tokens=320, sentences=12, width=32)
+
+
+def shaped(table: TokenTable, which: Sequence[int], step: int):
+    return pack_shaped(table, [batch_of(table, i, step) for i in which], SHAPED, F64)
+
+
+@pytest.mark.parametrize("kind", ["bert", "roberta"])
+def test_one_shape_computes_the_same(kind, table):
+    """Without dropout, where nothing is drawn: every kind of lane, with room to spare in each batch."""
+    world = World(kind, table)
+    which = range(len(RUNS))
+    ragged, one = world.lanes(which), world.lanes(which)
+    for step in range(15):
+        batches = [batch_of(table, i, step) for i in which]
+        rates = [RUNS[i][1] for i in which]
+        want = ragged.step(pack(table, batches, F64), rates)
+        assert_close(one.step(shaped(table, which, step), rates), want, rtol=1e-9, atol=1e-11)
+    for i in which:
+        equal_lane(one, i, ragged, i)
+        assert one.fisher_of(i) == pytest.approx(ragged.fisher_of(i), rel=1e-9)
+
+
+def test_the_least_shape_holds_every_batch(table):
+    batches = [torch.arange(0, 13), torch.arange(13, 64)]
+    shape = shape_of(table, batches)
+    assert shape.tokens % 64 == 0 and shape.sentences == 51 and shape.width == 32
+    longest = int(table.lengths()[13:].sum())
+    assert longest <= shape.tokens < longest + 64
+    packed = pack_shaped(table, batches, shape, F64)
+    assert packed.tokens.view(-1)[packed.true].tolist() == [*table.tokens.tolist()]
+    assert packed.weights.sum(1).tolist() == pytest.approx([1.0, 1.0])
+
+
+def test_with_dropout_a_shaped_lane_in_company_is_the_lane_alone(table):
+    world = World("bert", table, dropout=0.1)
+    which = [1, 0, 3]
+    together = world.lanes(which, dropout=0.2)
+    for step in range(20):
+        together.step(shaped(table, which, step), [RUNS[i][1] for i in which])
+    for row, i in enumerate(which):
+        alone = world.lanes([i], dropout=0.2)
+        for step in range(20):
+            alone.step(shaped(table, [i], step), [RUNS[i][1]])
+        equal_lane(together, row, alone, 0)
+
+
+class Launches(TorchDispatchMode):
+    """Counts what would be a kernel launch on a GPU, and forbids what would wait for it."""
+
+    VIEWS = ("view", "slice", "select", "unbind", "split", "transpose", "t", "expand", "permute", "as_strided", "alias")
+    VIEWS += ("detach", "unsqueeze", "squeeze", "_unsafe_view", "_reshape_alias", "empty", "empty_like", "new_empty")
+    WAITS = ("_local_scalar_dense", "nonzero", "item", "masked_select", "is_nonzero", "equal", "unique")
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name = func.overloadpacket.__name__
+        assert name not in self.WAITS, f"{name} waits for the device"
+        if name == "index":
+            assert all(i is None or i.dtype != torch.bool for i in args[1]), "a boolean index waits for the device"
+        self.count += name not in self.VIEWS
+        return func(*args, **(kwargs or {}))
+
+
+def launches(engine: Lanes, table: TokenTable, which: Sequence[int], monkeypatch) -> int:
+    """Launches of the device's part of one step; nothing in it may come from the host either."""
+    packed = shaped(table, which, 0)
+    engine.memory(packed)
+    plan = engine._plan_step([1e-3] * len(which), False)
+
+    def refuse(*_, **__):
+        raise AssertionError("a tensor made on the host")
+
+    engine.model.train()
+    with monkeypatch.context() as patch, Launches() as mode:
+        for name in ("tensor", "as_tensor", "from_numpy"):
+            patch.setattr(torch, name, refuse)
+        engine._compute(packed, plan)
+    return mode.count
+
+
+def test_launches_do_not_grow_with_the_lanes(table, monkeypatch):
+    world = World("bert", table, dropout=0.1)
+    counts = {}
+    for lanes in (2, 8):
+        engine = Lanes(classifier("bert", 0.1), world.targets, lanes, 4)
+        for i in range(lanes):
+            engine.admit(
+                settings(4, world.targets, seed=i, fw=FW, warmup_steps=1),
+                *initial(classifier("bert"), world.targets, 4, i),
+            )
+        engine.step(shaped(table, [0] * lanes, 0), [1e-3] * lanes)  # the only step of the warm-up
+        counts[lanes] = launches(engine, table, [0] * lanes, monkeypatch)
+    # One draw of random words a lane is all that is added.
+    assert counts[8] - counts[2] == 6
+
+
+def test_the_penalty_is_a_dozen_launches_whatever_the_depth(table, monkeypatch):
+    costs = []
+    for layers in (2, 4):
+        config = BertConfig(**{**SHAPE, "num_hidden_layers": layers})
+        counts = []
+        for own in ({}, {"fw": FW, "warmup_steps": 1}):
+            model = BertForSequenceClassification(config).double()
+            targets = targets_of(model)
+            engine = Lanes(model, targets, 2, 4)
+            for i in range(2):
+                engine.admit(settings(4, targets, seed=i, **own), *initial(model_of(config), targets, 4, i))
+            engine.step(shaped(table, [0, 1], 0), [1e-3] * 2)
+            counts.append(launches(engine, table, [0, 1], monkeypatch))
+        costs.append(counts[1] - counts[0])
+    assert costs[0] == costs[1] <= 12
+
+
+def model_of(config: BertConfig) -> nn.Module:
+    return BertForSequenceClassification(config).double()
+
+
+def test_an_encoder_in_half_precision_trains_masters_in_fp32(table):
+    which = [0, 1]
+    world = World("bert", table)
+    engines = []
+    for dtype in (torch.bfloat16, torch.float32):
+        engine = Lanes(classifier("bert").to(dtype), world.targets, 2, 4)
+        for i in which:
+            rank, _, own = RUNS[i]
+            engine.admit(
+                settings(rank, world.targets, seed=i, **own), *initial(classifier("bert"), world.targets, rank, i)
+            )
+        for step in range(12):
+            engine.step(pack(table, [batch_of(table, i, step) for i in which]), [1e-3] * 2)
+        engines.append(engine)
+    half, full = engines
+    assert half.values.dtype == half.grads.dtype == torch.float32
+    assert next(iter(half.factors.values()))[0].dtype == torch.bfloat16
+    for i in which:
+        for name, (a, b) in half.adapters(i).items():
+            assert a.dtype == torch.float32
+            assert_close(a, full.adapters(i)[name][0], rtol=0.05, atol=5e-3)
+            assert_close(b, full.adapters(i)[name][1], rtol=0.05, atol=5e-3)
+    assert half.fisher_of(1) == pytest.approx(full.fisher_of(1), rel=0.1)
+
+
+# Memory
+
+
+def test_memory_is_that_of_the_lanes_and_does_not_grow_with_the_steps(table):
+    world = World("bert", table, dropout=0.1)
+
+    def alive() -> int:
+        gc.collect()
+        return sum(t.untyped_storage().nbytes() for t in gc.get_objects() if type(t) is Tensor)
+
+    engine = world.lanes([0, 1])
+    batch = pack(table, [batch_of(table, i, 0) for i in (0, 1)], F64)
+    before = engine.memory(batch)
+    state = engine.lanes[0].generator.get_state()
+    assert engine.memory(batch) == before and torch.equal(engine.lanes[0].generator.get_state(), state)
+    sizes = []
+    for start, steps in ((0, 10), (10, 40)):  # over the end of the warm-up first
+        world.train(engine, [0, 1], steps, start)
+        engine.step(batch, [1e-3] * 2)
+        assert engine.memory(batch) == before
+        sizes.append(alive())
+    assert sizes[1] <= sizes[0]
+    more = world.lanes([0, 1, 2, 3])
+    twice = more.memory(pack(table, [batch_of(table, i, 0) for i in (0, 1, 0, 1)], F64))
+    assert 1.8 < twice / before < 2.2
+
+
+# Packed is padded, example by example
+
+
+@pytest.mark.parametrize("kind", ["bert", "roberta"])
+def test_each_examples_logits_and_adapter_gradients_are_those_of_a_padded_batch(kind, table):
+    """In fp32, to 1e-5: the loss is one example's, the batch holds its neighbours."""
+    from peft import LoraConfig, get_peft_model
+
+    world = World(kind, table)
+    adapters, head = initial(classifier(kind), world.targets, 4, 0)
+    engine = Lanes(classifier(kind).float(), world.targets, 1, 4)
+    engine.admit(settings(4, world.targets), adapters, head)
+    model = classifier(kind).float().eval()
+    with torch.no_grad():
+        for name, value in head.items():
+            model.get_parameter(name).copy_(value)
+    peft = get_peft_model(model, LoraConfig(r=4, lora_alpha=8, target_modules=world.targets))
+    for name, (a, b) in adapters.items():
+        layer = peft.base_model.model.get_submodule(name)
+        layer.lora_A["default"].weight.data.copy_(a)
+        layer.lora_B["default"].weight.data.copy_(b)
+    index = torch.arange(0, 9)
+    batch = collate(table, index, 1 if kind == "roberta" else 0, "longest", 64)
+    labels = batch.pop("labels")
+    padded = peft.eval()(**batch).logits
+    engine.model.eval()
+    packed = engine.logits(pack(table, [index]))[0]
+    assert_close(packed, padded, rtol=1e-5, atol=1e-5)
+    for i in range(len(index)):
+        peft.zero_grad()
+        engine.grads.zero_()
+        cross_entropy(padded[i : i + 1], labels[i : i + 1]).backward(retain_graph=True)
+        cross_entropy(packed[i : i + 1], labels[i : i + 1]).backward(retain_graph=True)
+        for m, name in enumerate(engine.targets):
+            layer = peft.base_model.model.get_submodule(name)
+            a, b = engine._factors(engine.grads, m)
+            assert_close(a[0], layer.lora_A["default"].weight.grad, rtol=1e-4, atol=1e-5)
+            assert_close(b[0].T, layer.lora_B["default"].weight.grad, rtol=1e-4, atol=1e-5)

@@ -31,37 +31,37 @@ class Draws:
     64 random bits are four 16-bit numbers, which is several times cheaper than one Bernoulli draw an entry. p is
     rounded to a multiple of 2⁻¹⁶, and the masks are divided by the rounded 1 − p, so that their mean is 1.
 
-    What a lane gets depends on what it asks for alone. Where all lanes ask for the same sizes (`uniform`), one tensor
-    serves them all; its size is known from the step before.
+    What a lane gets depends on what it asks for alone. Where all lanes ask for the same sizes one tensor serves them
+    all, drawn at the start of the step: `used` says after a trial pass how long it has to be.
     """
 
-    def __init__(self, device: torch.device, dtype: torch.dtype) -> None:
-        self.device, self.dtype = device, dtype
-        self.uniform_words = 0
-        self._uniform: Tensor | None = None
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.used = 0  # 16-bit numbers that each lane has taken through `same`
+        self._numbers = torch.empty(0, 0, dtype=torch.int16, device=device)
         self._rows: list[tuple[torch.Generator, Tensor]] = []
-        self._used = 0
 
-    def begin(self, generators: Sequence[torch.Generator], uniform: bool) -> None:
-        """Forget what is left and draw anew."""
-        self._used = 0
-        self._uniform = None
-        if uniform and self.uniform_words:
-            words = torch.empty(len(generators), self.uniform_words, dtype=torch.int64, device=self.device)
-            for row, generator in zip(words, generators, strict=True):
-                row.random_(-(2**63), None, generator=generator)
-            self._uniform = words.view(torch.int16)
-        else:
-            nothing = torch.empty(0, dtype=torch.int16, device=self.device)
-            self._rows = [(generator, nothing) for generator in generators]
+    def begin(self, generators: Sequence[torch.Generator]) -> None:
+        """Forget what is left; from now on lanes ask one by one."""
+        nothing = torch.empty(0, dtype=torch.int16, device=self.device)
+        self._rows = [(generator, nothing) for generator in generators]
 
-    def same(self, lanes: int, size: int) -> Tensor:
-        """`size` numbers for each of the lanes: int16 [lanes, size]."""
-        start, self._used = self._used, self._used + size
-        if self._uniform is not None and self._used <= self._uniform.shape[1]:
-            return self._uniform[:, start : self._used]
-        self.uniform_words = max(self.uniform_words, -(-self._used // 4))
-        return torch.stack([self.one(lane, size) for lane in range(lanes)])
+    def begin_same(self, generators: Sequence[torch.Generator], size: int | None) -> None:
+        """Draw `size` numbers for each lane; None for a trial pass, which gets zeros."""
+        self.used = 0
+        if size is None:
+            self._numbers = torch.zeros(len(generators), 0, dtype=torch.int16, device=self.device)
+            return
+        words = torch.empty(len(generators), -(-size // 4), dtype=torch.int64, device=self.device)
+        for row, generator in zip(words, generators, strict=True):
+            row.random_(-(2**63), None, generator=generator)
+        self._numbers = words.view(torch.int16)
+
+    def same(self, size: int) -> Tensor:
+        """The next `size` numbers of every lane: int16 [E, size]."""
+        start, self.used = self.used, self.used + size
+        lanes, drawn = self._numbers.shape
+        return self._numbers[:, start : self.used] if drawn else self._numbers.new_zeros(1).expand(lanes, size)
 
     def one(self, lane: int, size: int) -> Tensor:
         """`size` numbers for one lane: int16 [size]."""

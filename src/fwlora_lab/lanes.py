@@ -15,8 +15,9 @@ and the update are a dozen operations each for all matrices and lanes together.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -214,7 +215,8 @@ class Lanes:
         self._packed: Packed | None = None
         self._plan: _Plan | None = None
         self._energies: dict[str, Tensor] = {}
-        self._draws = Draws(self.device, self.compute_dtype)
+        self._draws = Draws(self.device)
+        self._drawn: dict[tuple[int, ...], int] = {}  # numbers that a pass takes, by the batch's shape
         self._replays: dict[tuple, _Replay] | None = {} if self.device.type == "cuda" else None
 
     # The flat buffer
@@ -265,7 +267,7 @@ class Lanes:
         # AdaLoRA's smoothed sensitivity and its uncertainty.
         scores = zeros(2, lanes, self.adapter_size * self.spectral)
         fisher = zeros(lanes, len(self.targets))
-        coefficients = zeros(2, lanes, len(self.targets))
+        coefficients = zeros(2, lanes, 2 * len(self.targets))
         if keep:
             rows = torch.tensor(list(keep), device=self.device)
             for buffer, old in zip(new, self._buffers, strict=True):
@@ -397,12 +399,8 @@ class Lanes:
         grad_a, grad_b, *grad_e = self._factor_grads[name]
         scale = self.of_present(self.scales)
         c = scale * spectrum[0][:, None] if spectrum else scale
-        sink: Callable[[Tensor, Tensor], None] | None = None
-        if self._plan is not None and self._plan.watching:
-
-            def sink(g: Tensor, x: Tensor) -> None:
-                self._energies[name] = self._energy(g, x)
-
+        watches = self._plan is not None and self._plan.watching
+        sink = partial(self._watch, name) if watches else None
         return Adapter(a, b, c, grad_a, grad_b, scale[:, 0], grad_e[0] if grad_e else None, sink)
 
     def adapter_mask(self, x: Tensor) -> Tensor | None:
@@ -425,10 +423,10 @@ class Lanes:
         lanes, _, d = shape
         if self._packed.uniform and len(set(rates)) == 1:
             mask = torch.empty(shape, dtype=self.compute_dtype, device=self.device)
-            self._draws.keep(self._draws.same(lanes, shape[1:].numel()), rates[0], mask)
+            self._draws.keep(self._draws.same(shape[1:].numel()), rates[0], mask)
             return mask
         mask = torch.zeros(shape, dtype=self.compute_dtype, device=self.device)
-        drawn = self._draws.same(lanes, shape[1:].numel()) if self._packed.uniform else None
+        drawn = self._draws.same(shape[1:].numel()) if self._packed.uniform else None
         for row, (n, p) in enumerate(zip(counts, rates, strict=True)):
             self._draws.keep(self._draws.one(row, n * d) if drawn is None else drawn[row], p, mask[row, :n])
         return mask
@@ -439,7 +437,7 @@ class Lanes:
         lanes = len(self.present)
         each = mask[0].numel()
         if self._packed.uniform:
-            self._draws.keep(self._draws.same(lanes, shape[0] // lanes * each), p, mask.view(lanes, -1))
+            self._draws.keep(self._draws.same(shape[0] // lanes * each), p, mask.view(lanes, -1))
             return mask
         start = 0
         for row, sentences in block.lanes:
@@ -471,6 +469,8 @@ class Lanes:
         self.model.train()
         plan = self._plan_step(learning_rates, regression)
         packed = packed.to(self.device)
+        if packed.uniform and _shape(packed) not in self._drawn:
+            self.memory(packed)  # a pass that counts what a step draws
         losses = self._replay(packed, plan) if packed.uniform and self._replays is not None else None
         if losses is None:
             losses = self._compute(packed, plan)
@@ -508,7 +508,11 @@ class Lanes:
         """The whole step on the device: nothing here waits for it, and nothing comes from the host."""
         self._plan = plan
         lr, decay, bias1, bias2, limit, watches, learns = plan.numbers.unbind()
-        self._draws.begin([lane.generator for lane in self.lanes], packed.uniform)
+        generators = [lane.generator for lane in self.lanes]
+        if packed.uniform:
+            self._draws.begin_same(generators, self._drawn[_shape(packed)])
+        else:
+            self._draws.begin(generators)
         self.grads.zero_()
         size = self.adapter_size
         if self._work is not self.values:
@@ -521,16 +525,17 @@ class Lanes:
         with torch.no_grad():
             if self._work_grads is not self.grads:
                 self.grads[:, :size].copy_(self._work_grads)
-            grams = self._grams() if self.spectral or 0 in plan.shrinking else None
+            stacks = self._stacks() if self.spectral or plan.shrinking else []
+            grams = self._grams(stacks) if self.spectral or NORMS.index("update") in plan.shrinking else None
             if self.spectral:
-                losses = losses + self._orthogonalise(grams)
+                losses = losses + self._orthogonalise(stacks, grams)
             norms = torch.linalg.vector_norm(self.grads, dim=1, keepdim=True)
             # As torch.nn.utils.clip_grad_norm_ does it; a norm that is not finite must not hide behind the limit.
             self.grads.mul_((limit / (norms + 1e-6)).clamp_(max=1.0))
             if plan.watching:
                 self._observe(watches > 0)
             for norm in plan.shrinking:
-                self._shrink(norm, grams, lr)
+                self._shrink(norm, stacks, grams, lr)
             self._adamw(lr, decay, bias1, bias2)
             if self.spectral:
                 self._sense(learns > 0)
@@ -591,8 +596,8 @@ class Lanes:
                 ).T
         return probes
 
-    def _energy(self, g: Tensor, x: Tensor) -> Tensor:
-        """The step's Fisher energy of one target [E], 0 where none is taken; g [E, N, d_out], x [E, N, d_in]."""
+    def _watch(self, name: str, g: Tensor, x: Tensor) -> None:
+        """Note the step's Fisher energy of one target [E], 0 where none is taken; g [E, N, d_out], x [E, N, d_in]."""
         assert self._packed is not None and self._plan is not None
         if self._plan.probes:
             sketch = torch.bmm(torch.bmm(x, self._plan.probes[x.shape[-1]].mT).mT, g)
@@ -606,7 +611,7 @@ class Lanes:
                 energies[e] = estimators.weight_gradient(g[e, :n], x[e, :n]).square().sum()
             elif fw.estimator == "per_example":
                 energies[e] = self._per_example(e, g, x)
-        return energies
+        self._energies[name] = energies
 
     def _per_example(self, lane: int, g: Tensor, x: Tensor) -> Tensor:
         assert self._packed is not None
@@ -619,6 +624,8 @@ class Lanes:
                 start += sentences
                 if row == lane:
                     keep = block.keep[rows, :, None]
+                    if self._packed.uniform:  # an empty place is no example
+                        keep = keep & (self._packed.weights[lane] > 0)[:, None, None]
                     total = total + estimators.per_example_energy(
                         flat_g[block.rows[rows]] * keep, flat_x[block.rows[rows]] * keep
                     )
@@ -651,38 +658,38 @@ class Lanes:
             seed=fw.seed,
         )
         square = settings.scale**2 if fw.norm == "update" else 1.0
-        self.coefficients[NORMS.index(fw.norm), e, own] = fw.shrinkage * square * weights
+        twice = 2.0 * fw.shrinkage * square * weights  # of ∂‖·‖², for both factors
+        for factor in (self._a_of, self._b_of):
+            self.coefficients[NORMS.index(fw.norm), e, factor[own]] = twice
 
-    def _grams(self) -> Tensor:
+    def _stacks(self) -> list[Tensor]:
+        """The factors as stacks [E·K, r, d] of adjacent matrices, a copy for each length of rows."""
+        return [self._of(self.values, rows).flatten(0, 1) for rows in self.rows]
+
+    def _grams(self, stacks: Sequence[Tensor]) -> Tensor:
         """`AAᵀ` and `BᵀB` of every factor: [E, 2M, r, r]."""
-        lanes = len(self.lanes)
-        grams = []
-        for rows in self.rows:
-            flat = self._of(self.values, rows).flatten(0, 1)
-            grams.append(torch.bmm(flat, flat.mT).view(lanes, rows.k, self.rank, self.rank))
+        grams = [torch.bmm(s, s.mT).view(len(self.lanes), -1, self.rank, self.rank) for s in stacks]
         return torch.cat(grams, 1)
 
-    def _shrink(self, norm: int, grams: Tensor | None, lr: Tensor) -> None:
+    def _shrink(self, norm: int, stacks: Sequence[Tensor], grams: Tensor | None, lr: Tensor) -> None:
         """Adds the penalty's gradient to the gradients, or takes it off the values at the learning rate.
 
         `fwlora.shrinkage.update_gradients` over the flat buffer: each factor is multiplied with its partner's Gram
-        matrix, A with BᵀB and Bᵀ with AAᵀ; for the norm of the factors themselves with the identity.
+        matrix, A with BᵀB and Bᵀ with AAᵀ. For the norm of the factors themselves there is nothing to multiply with.
         """
-        twice = 2.0 * self.coefficients[norm][:, self._owner, None, None]
-        if NORMS[norm] == "update":
-            assert grams is not None
-            twice = grams[:, self._partner] * twice
+        partners = grams[:, self._partner] if grams is not None else None
         mixed = any(lane.settings.fw is not None and lane.settings.fw.coupling != "loss" for lane in self.lanes)
-        for rows in self.rows:
-            values, grads = self._of(self.values, rows), self._of(self.grads, rows)
-            own = twice[:, rows.first : rows.first + rows.k]
+        for rows, term in zip(self.rows, stacks, strict=True):
+            own = slice(rows.first, rows.first + rows.k)
             if NORMS[norm] == "update":
-                term = torch.bmm(own.flatten(0, 1), values.flatten(0, 1)).view_as(values)
-            else:
-                term = own * values
+                assert partners is not None
+                term = torch.bmm(partners[:, own].flatten(0, 1), term)
+            values, grads = self._of(self.values, rows), self._of(self.grads, rows)
+            term, c = term.view_as(values), self.coefficients[norm, :, own, None, None]
             if not mixed:
-                grads.add_(term)
+                grads.addcmul_(term, c)
             else:
+                term = term * c
                 grads.add_(torch.where(self._in_loss, term, 0.0))
                 values.sub_(torch.where(self._in_loss, 0.0, term) * lr[..., None, None])
 
@@ -697,7 +704,7 @@ class Lanes:
 
     # AdaLoRA over lanes
 
-    def _orthogonalise(self, grams: Tensor | None) -> Tensor:
+    def _orthogonalise(self, stacks: Sequence[Tensor], grams: Tensor | None) -> Tensor:
         """Adds the gradient of `w·mean(‖AAᵀ − I‖_F, ‖BᵀB − I‖_F)` over all A and B; its value by lane [E]."""
         assert grams is not None
         off = grams - self._eye
@@ -705,10 +712,10 @@ class Lanes:
         share = self._orthogonality / (2.0 * self._owned.sum(1))
         # ∂‖C‖/∂A = 2·C·A/‖C‖ for C = AAᵀ − I, which is symmetric; 0 where C is.
         unit = off * (2.0 * share[:, None] / norms.clamp_min(torch.finfo(self.dtype).tiny))[..., None, None]
-        for rows in self.rows:
-            values = self._of(self.values, rows)
-            own = unit[:, rows.first : rows.first + rows.k]
-            self._of(self.grads, rows).add_(torch.bmm(own.flatten(0, 1), values.flatten(0, 1)).view_as(values))
+        for rows, values in zip(self.rows, stacks, strict=True):
+            grads = self._of(self.grads, rows)
+            own = unit[:, rows.first : rows.first + rows.k].flatten(0, 1)
+            grads.add_(torch.bmm(own, values).view_as(grads))
         return share * norms.sum(1)
 
     def _sense(self, learns: Tensor) -> None:
@@ -743,12 +750,43 @@ class Lanes:
         ranks = self.lanes[lane].settings.ranks
         return {n: f for n, f in zip(self.targets, self.fisher[lane].tolist(), strict=True) if ranks.get(n)}
 
+    def memory(self, packed: Packed) -> int:
+        """Bytes of a training step on such a batch: the lanes' buffers and what a forward pass keeps for its backward.
+
+        Trains nothing and moves no lane's randomness.
+        """
+        frozen = {t.untyped_storage().data_ptr() for t in (*self.model.parameters(), *self.model.buffers())}
+        kept: dict[int, int] = {}
+
+        def note(t: Tensor) -> Tensor:
+            storage = t.untyped_storage()
+            kept[storage.data_ptr()] = storage.nbytes()
+            return t.detach()  # a node that keeps its own output would keep itself
+
+        present = self.lanes[: len(packed.tokens)]
+        generators = [lane.generator for lane in present]
+        states = [generator.get_state() for generator in generators]
+        self.model.train()
+        if packed.uniform:
+            self._draws.begin_same(generators, None)
+        else:
+            self._draws.begin(generators)
+        with torch.autograd.graph.saved_tensors_hooks(note, lambda t: t):
+            self.logits(packed.to(self.device), range(len(present)))
+        if packed.uniform:
+            self._drawn[_shape(packed)] = self._draws.used
+        for lane, state in zip(present, states, strict=True):
+            lane.generator.set_state(state)
+        mine = [*self._buffers, self._work, self._work_grads, self._scores]
+        buffers = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in mine}
+        return sum(buffers.values()) + sum(size for at, size in kept.items() if at not in frozen | buffers.keys())
+
     # One graph of GPU launches a step
 
     def _replay(self, packed: Packed, plan: _Plan) -> Tensor | None:
         """The step as one captured graph; None where this kind of step is not captured yet, or cannot be."""
         assert self._replays is not None
-        kind = (plan.kind, packed.types is None, tuple(packed.tokens.shape), tuple(packed.blocks[0].rows.shape))
+        kind = (*plan.kind, packed.types is None, _shape(packed))
         if kind not in self._replays:
             self._replays[kind] = _Replay()
             return None  # the first of its kind runs as it is, and warms up what a capture must not
@@ -787,6 +825,10 @@ class _Replay:
                 place.copy_(now, non_blocking=True)
         self.graph.replay()
         return self.losses.clone()
+
+
+def _shape(packed: Packed) -> tuple[int, ...]:
+    return (packed.tokens.shape[1], packed.first.shape[1], packed.blocks[0].rows.shape[1])
 
 
 def _allocation(lane: Lane) -> Allocation:

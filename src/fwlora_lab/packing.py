@@ -107,30 +107,15 @@ class Packed:
         return self._by_head[heads]
 
 
-def pack(
-    table: TokenTable,
-    batches: Sequence[Tensor],
-    dtype: torch.dtype = torch.float32,
-    shape: Shape | None = None,
-) -> Packed:
-    """The examples `batches[e]` (int64 [b_e]) of the table, one lane a row; of this shape where one is given.
-
-    Raises:
-        ValueError: a batch that does not fit into the shape.
-    """
+def pack(table: TokenTable, batches: Sequence[Tensor], dtype: torch.dtype = torch.float32) -> Packed:
+    """The examples `batches[e]` (int64 [b_e]) of the table, one lane a row."""
     lanes = len(batches)
     lengths = [table.offsets[i + 1] - table.offsets[i] for i in batches]
     counts = tuple(int(n.sum()) for n in lengths)
     width, most = max(counts), max(len(i) for i in batches)
-    if shape is not None:
-        longest = max(int(n.max()) for n in lengths)
-        if width > shape.tokens or most > shape.sentences or longest > shape.width:
-            raise ValueError(f"{width} tokens in {most} sentences of up to {longest} do not fit into {shape}")
-        width, most = shape.tokens, shape.sentences
     tokens = torch.zeros(lanes, width, dtype=torch.int64)
     types = torch.zeros_like(tokens) if table.types is not None else None
     positions = torch.zeros_like(tokens)
-    true = torch.zeros(lanes, width, dtype=torch.bool)
     first = torch.zeros(lanes, most, dtype=torch.int64)
     weights = torch.zeros(lanes, most, dtype=dtype)
     labels = torch.zeros(lanes, most, dtype=table.labels.dtype)
@@ -139,31 +124,84 @@ def pack(
         positions[e, : counts[e]] = torch.arange(counts[e]) - starts.repeat_interleave(n)
         source = table.offsets[index].repeat_interleave(n) + positions[e, : counts[e]]
         tokens[e, : counts[e]] = table.tokens[source].long()
-        true[e, : counts[e]] = True
         if types is not None:
             types[e, : counts[e]] = table.types[source].long()  # type: ignore[index]
         first[e, : len(index)] = e * width + starts
         first[e, len(index) :] = e * width  # a sentence of the lane's own: its neighbours' may be NaN
         weights[e, : len(index)] = 1.0 / len(index)
         labels[e, : len(index)] = table.labels[index]
-    blocks, back = _blocks(lengths, width) if shape is None else _one_block(lengths, shape)
-    sentences = tuple(len(i) for i in batches)
-    if shape is not None:
-        counts, sentences = (width,) * lanes, (most,) * lanes
+    blocks, back = _blocks(lengths, width)
     return Packed(
         tokens=tokens,
         types=types,
         positions=positions,
-        true=true.flatten(),
+        true=(torch.arange(width) < torch.tensor(counts)[:, None]).flatten(),
         first=first,
         labels=labels,
         weights=weights,
         back=back,
         blocks=blocks,
         counts=counts,
-        sentences=sentences,
-        padded=shape is not None or min(counts) < width,
-        uniform=shape is not None,
+        sentences=tuple(len(i) for i in batches),
+        padded=min(counts) < width,
+    )
+
+
+def pack_shaped(
+    table: TokenTable, batches: Sequence[Tensor], shape: Shape, dtype: torch.dtype = torch.float32
+) -> Packed:
+    """As `pack`, in one given shape and with the table's device at work: only the examples' numbers go there.
+
+    All sentences stand in one block of the widest. An empty place holds the lane's first token and has no weight.
+    The batches must fit, see `shape_of`.
+    """
+    lanes, device = len(batches), table.tokens.device
+    n, b, t = shape.tokens, shape.sentences, shape.width
+    index = torch.full((lanes, b), -1)
+    for e, batch in enumerate(batches):
+        index[e, : len(batch)] = batch
+    index = index.to(device, non_blocking=True)
+    there = index >= 0
+    index = index.clamp_min(0)
+    begin = table.offsets[index]
+    length = (table.offsets[index + 1] - begin) * there
+    start = (length.cumsum(1) - length) * there
+    lane = torch.arange(lanes, device=device)[:, None] * n
+    column = torch.arange(t, device=device)
+    keep = column < length[..., None]
+    rows = (lane + start)[..., None] + column * keep
+    source = begin[..., None] + column * keep
+    place = torch.where(keep, rows, lanes * n).flatten()  # behind the last row lies what is thrown away
+
+    def spread(values: Tensor, fill: int = 0) -> Tensor:
+        out = torch.full((lanes * n + 1,), fill, dtype=torch.int64, device=device)
+        return out.scatter_(0, place, values.expand(lanes, b, t).reshape(-1).long())[:-1]
+
+    true = spread(keep).bool()
+    own = spread(torch.arange(lanes * b * t, device=device).view(lanes, b, t))
+    # What fills a lane's row up reads a token of its own lane.
+    filler = torch.arange(lanes, device=device).repeat_interleave(n) * (b * t)
+    return Packed(
+        tokens=spread(table.tokens[source]).view(lanes, n),
+        types=None if table.types is None else spread(table.types[source]).view(lanes, n),
+        positions=spread(column).view(lanes, n),
+        true=true,
+        first=lane + start,
+        labels=table.labels[index],
+        weights=there.to(dtype) / there.sum(1, keepdim=True),
+        back=torch.where(true, own, filler),
+        blocks=(
+            Block(
+                rows.view(lanes * b, t),
+                (keep | (column == 0)).view(lanes * b, t),
+                False,
+                tuple((e, b) for e in range(lanes)),
+            ),
+        ),
+        counts=(n,) * lanes,
+        sentences=(b,) * lanes,
+        padded=True,
+        uniform=True,
     )
 
 
@@ -171,7 +209,11 @@ def shape_of(table: TokenTable, batches: Sequence[Tensor]) -> Shape:
     """The least shape, in steps of 64 tokens and of 8 in a sentence, that holds each of these batches."""
     lengths = table.lengths()
     tokens = max(int(lengths[i].sum()) for i in batches)
-    return Shape(-(-tokens // 64) * 64, max(len(i) for i in batches), -(-int(lengths.max()) // 8) * 8)
+    return Shape(_up(tokens, 64), max(len(i) for i in batches), _up(int(lengths.max()), 8))
+
+
+def _up(n: int, step: int) -> int:
+    return -(-n // step) * step
 
 
 def _blocks(lengths: Sequence[Tensor], width: int) -> tuple[tuple[Block, ...], Tensor]:
@@ -188,43 +230,16 @@ def _blocks(lengths: Sequence[Tensor], width: int) -> tuple[tuple[Block, ...], T
             if not len(here):
                 continue
             start = e * width + (n.cumsum(0) - n)[here]
-            row, keep = _sentences(start, n[here], wide)
-            rows.append(row)
+            column = torch.arange(wide)
+            keep = column < n[here, None]
+            rows.append(torch.where(keep, start[:, None] + column, start[:, None]))
             keeps.append(keep)
             owners.append((e, len(here)))
         row, keep = torch.cat(rows), torch.cat(keeps)
         back[row[keep]] = done + keep.flatten().nonzero()[:, 0]
         done += row.numel()
         blocks.append(Block(row, keep, bool(keep.all()), tuple(owners)))
-    return tuple(blocks), _filled_up(back, lengths, width)
-
-
-def _one_block(lengths: Sequence[Tensor], shape: Shape) -> tuple[tuple[Block, ...], Tensor]:
-    """Every sentence of every lane in one block of the widest; an empty place holds the lane's first token."""
-    back = torch.zeros(len(lengths) * shape.tokens, dtype=torch.int64)
-    rows, keeps = [], []
-    for e, n in enumerate(lengths):
-        empty = shape.sentences - len(n)
-        start = torch.cat([n.cumsum(0) - n, torch.zeros(empty, dtype=torch.int64)]) + e * shape.tokens
-        row, keep = _sentences(start, torch.cat([n, torch.ones(empty, dtype=torch.int64)]), shape.width)
-        own = keep.clone()
-        own[len(n) :] = False
-        back[row[own]] = e * row.numel() + own.flatten().nonzero()[:, 0]
-        rows.append(row)
-        keeps.append(keep)
-    owners = tuple((e, shape.sentences) for e in range(len(lengths)))
-    block = Block(torch.cat(rows), torch.cat(keeps), False, owners)
-    return (block,), _filled_up(back, lengths, shape.tokens)
-
-
-def _sentences(start: Tensor, length: Tensor, width: int) -> tuple[Tensor, Tensor]:
-    column = torch.arange(width)
-    keep = column < length[:, None]
-    return torch.where(keep, start[:, None] + column, start[:, None]), keep
-
-
-def _filled_up(back: Tensor, lengths: Sequence[Tensor], width: int) -> Tensor:
-    """What fills a lane's row up reads a token of its own lane."""
+    # What fills a lane's row up reads a token of its own lane.
     for e, n in enumerate(lengths):
         back[e * width + int(n.sum()) : (e + 1) * width] = back[e * width]
-    return back
+    return tuple(blocks), back

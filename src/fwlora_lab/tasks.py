@@ -679,6 +679,11 @@ class TokenTable:
         """Tokens of each example, special ones included: int64 [n]."""
         return self.offsets.diff()
 
+    def to(self, device: torch.device) -> TokenTable:
+        """The same table on `device`."""
+        types = None if self.types is None else self.types.to(device)
+        return TokenTable(self.tokens.to(device), types, self.offsets.to(device), self.labels.to(device))
+
 
 def tokenize(examples: Examples, tokenizer: PreTrainedTokenizerBase, max_length: int, truncation: bool) -> TokenTable:
     """Token ids of every example, special tokens in, at most `max_length` each.

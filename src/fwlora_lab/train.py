@@ -29,7 +29,7 @@ from fwlora_lab.backbones import Backbone, build_classifier, load_backbone
 from fwlora_lab.errors import UserError
 from fwlora_lab.lanes import Lanes, supports
 from fwlora_lab.methods import Arm, build_arm, derive, initial_ranks, lane_settings, plan_adapters
-from fwlora_lab.packing import pack
+from fwlora_lab.packing import Packed, Shape, pack, pack_shaped, shape_of
 from fwlora_lab.records import (
     BackboneInfo,
     Epoch,
@@ -59,7 +59,9 @@ from fwlora_lab.tasks import (
 )
 
 _EVALUATION_BATCH = 128
-_LANES = {"cpu": 4, "cuda": 16}  # runs at once: a CPU gains nothing from more
+_LANES = {"cpu": 4, "cuda": 16}  # runs at once, where memory allows: a CPU gains nothing from more
+_MEMORY = 0.5  # the share of the free memory that lanes may take: other processes look at the same
+_SHAPED = {"cpu": False, "cuda": True}  # a GPU replays one graph, so every batch has one shape
 _SECONDS_BETWEEN_EVENTS = 0.5
 _CALM_DOWN = "Lower training.learning_rate or the adapter's scale model.lora.alpha / rank."
 
@@ -336,7 +338,7 @@ class _Cohort:
         queue = list(group)
         engine: Lanes | None = None
         seats: list[_Seat] = []
-        table = self.jobs[group[0]].train
+        table = self.jobs[group[0]].train.to(self.device)
         evaluation = self.jobs[group[0]].evaluation
         width = min(_LANES[self.device.type], len(group))
         with contextlib.ExitStack() as everything:
@@ -349,6 +351,8 @@ class _Cohort:
                     elif index not in self.records:
                         engine = engine or _lanes_for([self.jobs[i] for i in group], width, self.device)
                         seats.append(_Seat.taken(index, self.jobs[index], engine, self.device, stack))
+                        if len(seats) == 1:
+                            width = min(width, _lanes_that_fit(engine, seats[0], table))
                         continue
                     stack.close()
                 if not seats:
@@ -394,7 +398,7 @@ class _Cohort:
         phases = [engine.phase(lane) for lane in range(len(seats))]
         regression = seats[0].job.spec.kind == "regression"
         try:
-            losses = engine.step(pack(table, batches), rates, regression)
+            losses = engine.step(_pack(table, batches, seats), rates, regression)
         except Exception as error:
             for seat in seats:
                 seat.failure = error
@@ -447,6 +451,7 @@ class _Seat:
     batches: list[Tensor] = field(default_factory=list)
     failure: Exception | None = None
     told: float = field(default_factory=time.monotonic)
+    shape: Shape = Shape(0, 0, 0)
 
     @classmethod
     def taken(cls, index: int, job: _Job, engine: Lanes, device: torch.device, stack: contextlib.ExitStack) -> _Seat:
@@ -457,15 +462,17 @@ class _Seat:
         state = RunState(job.seed, arm, Clock(device), Clock(device))
         seat = cls(index, job, state, started, stack, job.train.lengths())
         seat.shuffle()
+        if _SHAPED[device.type]:
+            epochs = range(job.cfg.training.epochs)
+            seat.shape = shape_of(job.train, [batch for epoch in epochs for batch in seat.order(epoch)])
         return seat
 
+    def order(self, epoch: int) -> list[Tensor]:
+        job = self.job
+        return epoch_batches(len(job.train), _examples_per_step(job.cfg), derive(job.seed, "order"), epoch)
+
     def shuffle(self) -> None:
-        self.batches = epoch_batches(
-            len(self.job.train),
-            _examples_per_step(self.job.cfg),
-            derive(self.job.seed, "order"),
-            self.state.epoch,
-        )
+        self.batches = self.order(self.state.epoch)
 
     def tell(self, listen: Listener, at_once: bool = False) -> None:
         """Read the losses about twice a second; one that is not finite is the run's failure."""
@@ -510,7 +517,8 @@ def _lane_group(job: _Job) -> object | None:
         return None
     targets = tuple(job.cfg.model.lora.target_modules)
     spectral = job.cfg.arm == "adalora"
-    return (spectral, job.backbone.path_or_id, job.backbone.commit, targets, id(job.train), id(job.evaluation))
+    backbone = (job.backbone.path_or_id, job.backbone.commit, job.cfg.training.mixed_precision)
+    return (spectral, backbone, targets, id(job.train), id(job.evaluation))
 
 
 def _lanes_for(jobs: Sequence[_Job], width: int, device: torch.device) -> Lanes:
@@ -519,7 +527,32 @@ def _lanes_for(jobs: Sequence[_Job], width: int, device: torch.device) -> Lanes:
     targets = list(dict.fromkeys(name for of in ranks for name in of))
     highest = max(rank for of in ranks for rank in of.values())
     model = build_classifier(jobs[0].backbone, jobs[0].spec, 0).to(device)  # type: ignore[arg-type]
+    if jobs[0].cfg.training.mixed_precision == "bf16" and device.type == "cuda":
+        model.bfloat16()  # what is trained stays in fp32
     return Lanes(model, targets, width, highest, spectral=jobs[0].cfg.arm == "adalora")
+
+
+def _pack(table: TokenTable, batches: Sequence[Tensor], seats: Sequence[_Seat]) -> Packed:
+    if not _SHAPED[table.tokens.device.type]:
+        return pack(table, batches)
+    return pack_shaped(table, batches, Shape(*map(max, zip(*(seat.shape for seat in seats), strict=True))))
+
+
+def _lanes_that_fit(engine: Lanes, seat: _Seat, table: TokenTable) -> int:
+    """How many lanes the free memory holds, judged by the first run's batch with the most tokens."""
+    largest = max(seat.batches, key=lambda batch: int(seat.lengths[batch].sum()))
+    return max(1, int(_MEMORY * _free_memory(engine.device) / engine.memory(_pack(table, [largest], [seat]))))
+
+
+def _free_memory(device: torch.device) -> float:
+    """Bytes; without limit where the system does not tell."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+        return 1024 * next(int(line.split()[1]) for line in lines if line.startswith("MemAvailable"))
+    except (OSError, StopIteration):
+        return math.inf
 
 
 # --- one run ------------------------------------------------------------------------------------
