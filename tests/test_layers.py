@@ -31,6 +31,7 @@ LAB = [
     "verdicts",
     "packing",
     "laneops",
+    "fusedpenalty",
     "lanes",
     "methods",
     "train",

@@ -14,6 +14,7 @@ and the update are a dozen operations each for all matrices and lanes together.
 
 from __future__ import annotations
 
+import importlib.util
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -32,6 +33,7 @@ from fwlora_lab.laneops import ATTENTION, Adapter, Draws, adapted_linear
 from fwlora_lab.packing import Block, Packed
 
 _BETAS, _EPS = (0.9, 0.999), 1e-8  # torch.optim.AdamW's own
+_UPDATE = NORMS.index("update")
 
 
 @dataclass(frozen=True)
@@ -215,6 +217,7 @@ class Lanes:
         self._packed: Packed | None = None
         self._plan: _Plan | None = None
         self._energies: dict[str, Tensor] = {}
+        self._fused = False
         self._draws = Draws(self.device)
         self._drawn: dict[tuple[int, ...], int] = {}  # numbers that a pass takes, by the batch's shape
         self._replays: dict[tuple, _Replay] | None = {} if self.device.type == "cuda" else None
@@ -242,6 +245,9 @@ class Lanes:
         self._partner[self._a_of], self._partner[self._b_of] = self._b_of, self._a_of
         self._owner = torch.empty_like(self._partner)
         self._owner[self._a_of] = self._owner[self._b_of] = torch.arange(len(self.targets), device=self.device)
+        lengths = [rows.d for rows in self.rows for _ in range(rows.k)]
+        starts = [rows.start + i * self.rank * rows.d for rows in self.rows for i in range(rows.k)]
+        self._factor_lengths, self._factor_starts = (torch.tensor(v, device=self.device) for v in (lengths, starts))
         self._spectrum_start = offset
         self.adapter_size = offset + self.spectral * len(self.targets) * self.rank
         offset = self.adapter_size
@@ -525,8 +531,9 @@ class Lanes:
         with torch.no_grad():
             if self._work_grads is not self.grads:
                 self.grads[:, :size].copy_(self._work_grads)
-            stacks = self._stacks() if self.spectral or plan.shrinking else []
-            grams = self._grams(stacks) if self.spectral or NORMS.index("update") in plan.shrinking else None
+            plain = plan.shrinking and not self._fused
+            stacks = self._stacks() if self.spectral or plain else []
+            grams = self._grams(stacks) if self.spectral or (plain and _UPDATE in plan.shrinking) else None
             if self.spectral:
                 losses = losses + self._orthogonalise(stacks, grams)
             norms = torch.linalg.vector_norm(self.grads, dim=1, keepdim=True)
@@ -535,7 +542,10 @@ class Lanes:
             if plan.watching:
                 self._observe(watches > 0)
             for norm in plan.shrinking:
-                self._shrink(norm, stacks, grams, lr)
+                if self._fused:
+                    self._shrink_fused()
+                else:
+                    self._shrink(norm, stacks, grams, lr)
             self._adamw(lr, decay, bias1, bias2)
             if self.spectral:
                 self._sense(learns > 0)
@@ -661,6 +671,7 @@ class Lanes:
         twice = 2.0 * fw.shrinkage * square * weights  # of ∂‖·‖², for both factors
         for factor in (self._a_of, self._b_of):
             self.coefficients[NORMS.index(fw.norm), e, factor[own]] = twice
+        self._fused = self._is_fused_faster()
 
     def _stacks(self) -> list[Tensor]:
         """The factors as stacks [E·K, r, d] of adjacent matrices, a copy for each length of rows."""
@@ -681,7 +692,7 @@ class Lanes:
         mixed = any(lane.settings.fw is not None and lane.settings.fw.coupling != "loss" for lane in self.lanes)
         for rows, term in zip(self.rows, stacks, strict=True):
             own = slice(rows.first, rows.first + rows.k)
-            if NORMS[norm] == "update":
+            if norm == _UPDATE:
                 assert partners is not None
                 term = torch.bmm(partners[:, own].flatten(0, 1), term)
             values, grads = self._of(self.values, rows), self._of(self.grads, rows)
@@ -692,6 +703,45 @@ class Lanes:
                 term = term * c
                 grads.add_(torch.where(self._in_loss, term, 0.0))
                 values.sub_(torch.where(self._in_loss, 0.0, term) * lr[..., None, None])
+
+    def _shrink_fused(self) -> None:
+        from fwlora_lab.fusedpenalty import add_gradient
+
+        add_gradient(
+            self.values,
+            self.grads,
+            self.coefficients[_UPDATE],
+            self._factor_starts,
+            self._factor_lengths,
+            self._partner,
+            self.rank,
+        )
+
+    def _is_fused_faster(self) -> bool:
+        """Whether one kernel takes the penalty's place, measured here and now; where there is no GPU it does not."""
+        fws = [lane.settings.fw for lane in self.lanes if lane.settings.fw is not None]
+        usual = all(fw.norm == "update" and fw.coupling == "loss" for fw in fws)
+        if self.device.type != "cuda" or self.dtype != torch.float32 or self.spectral or not usual:
+            return False
+        if importlib.util.find_spec("triton") is None:
+            return False
+
+        def plain() -> None:
+            stacks = self._stacks()
+            self._shrink(_UPDATE, stacks, self._grams(stacks), lr)
+
+        lr = torch.zeros(len(self.lanes), 1, dtype=self.dtype, device=self.device)
+        times = []
+        for way in (self._shrink_fused, plain):  # into gradients that the next step zeroes
+            way()
+            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            start.record()
+            for _ in range(20):
+                way()
+            end.record()
+            end.synchronize()
+            times.append(start.elapsed_time(end))
+        return times[0] < times[1]
 
     def phase(self, lane: int) -> str:
         """The part of its run that the lane's next step belongs to, as the methods name them."""
@@ -786,7 +836,7 @@ class Lanes:
     def _replay(self, packed: Packed, plan: _Plan) -> Tensor | None:
         """The step as one captured graph; None where this kind of step is not captured yet, or cannot be."""
         assert self._replays is not None
-        kind = (*plan.kind, packed.types is None, _shape(packed))
+        kind = (*plan.kind, self._fused, packed.types is None, _shape(packed))
         if kind not in self._replays:
             self._replays[kind] = _Replay()
             return None  # the first of its kind runs as it is, and warms up what a capture must not
