@@ -124,3 +124,30 @@ def test_ctrl_c_leaves_nothing_and_gives_the_locks_back(world):
         train_cohort(plans, interrupt)
     assert not list(world.results.glob("lora/seed-*"))
     assert [r.status for r in train_cohort(plans)] == ["complete"] * 2
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_batches_of_one_shape_as_on_a_gpu_train_the_same(world, monkeypatch, method):
+    ragged = train_cohort([Planned(lanes(world, method, run_id="ragged"), s) for s in (0, 1)])
+    monkeypatch.setattr(loop, "_SHAPED", {"cpu": True})
+    shapes = []
+    packed = loop.pack_shaped
+    monkeypatch.setattr(loop, "pack_shaped", lambda *args: shapes.append(args[2]) or packed(*args))
+    shaped = train_cohort([Planned(lanes(world, method, run_id="shaped"), s) for s in (0, 1)])
+    assert len(set(shapes)) == 1 and len(shapes) > 20, "one shape for the whole run"
+    for a, b in zip(ragged, shaped, strict=True):
+        assert a.status == b.status == "complete", b.error
+        one, other = logits(world, a.run_id, a.seed), logits(world, b.run_id, b.seed)
+        np.testing.assert_allclose(one, other, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize(("free", "expected"), [(1.0, 1), (float("inf"), 4)])
+def test_memory_decides_how_many_lanes_there_are(world, monkeypatch, free, expected):
+    """However little there is, one lane trains; with more than enough it is the most that serves a CPU."""
+    seen = []
+    step = loop.Lanes.step
+    monkeypatch.setattr(loop, "_free_memory", lambda _: free)
+    monkeypatch.setattr(loop.Lanes, "step", lambda self, *args: seen.append(len(self.lanes)) or step(self, *args))
+    records = train_cohort([Planned(lanes(world, "lora"), s) for s in range(5)])
+    assert [r.status for r in records] == ["complete"] * 5
+    assert max(seen) == expected

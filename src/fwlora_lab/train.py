@@ -352,7 +352,7 @@ class _Cohort:
                         engine = engine or _lanes_for([self.jobs[i] for i in group], width, self.device)
                         seats.append(_Seat.taken(index, self.jobs[index], engine, self.device, stack))
                         if len(seats) == 1:
-                            width = min(width, _lanes_that_fit(engine, seats[0], table))
+                            width = _lanes_that_fit(width, engine, seats[0], table)
                         continue
                     stack.close()
                 if not seats:
@@ -538,10 +538,11 @@ def _pack(table: TokenTable, batches: Sequence[Tensor], seats: Sequence[_Seat]) 
     return pack_shaped(table, batches, Shape(*map(max, zip(*(seat.shape for seat in seats), strict=True))))
 
 
-def _lanes_that_fit(engine: Lanes, seat: _Seat, table: TokenTable) -> int:
-    """How many lanes the free memory holds, judged by the first run's batch with the most tokens."""
+def _lanes_that_fit(width: int, engine: Lanes, seat: _Seat, table: TokenTable) -> int:
+    """How many of `width` lanes the free memory holds, judged by the first run's batch with the most tokens."""
     largest = max(seat.batches, key=lambda batch: int(seat.lengths[batch].sum()))
-    return max(1, int(_MEMORY * _free_memory(engine.device) / engine.memory(_pack(table, [largest], [seat]))))
+    fit = _MEMORY * _free_memory(engine.device) / engine.memory(_pack(table, [largest], [seat]))
+    return max(1, int(min(width, fit)))
 
 
 def _free_memory(device: torch.device) -> float:
