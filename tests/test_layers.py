@@ -34,6 +34,9 @@ LAB = [
     "methods",
     "train",
     "progress",
+    "trials",
+    "launch",
+    "search",
     "cli",
 ]
 
