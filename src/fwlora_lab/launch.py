@@ -63,11 +63,13 @@ def launch(work: Callable[[], Any], workers: int, words: Sequence[str], folder: 
         launcher = Plugins.instance().instantiate_launcher(
             hydra_context=context, task_function=_Task(work), config=config
         )
-        done = launcher.launch([[f"hydra.sweep.dir='{folder.resolve()}'"]] * workers, initial_job_idx=0)
+        quoted = str(folder.resolve()).replace("\\", r"\\").replace("'", r"\'")
+        done = launcher.launch([[f"hydra.sweep.dir='{quoted}'"]] * workers, initial_job_idx=0)
     except (HydraException, OmegaConfBaseException) as error:
         reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
         raise UserError(
-            f"{' '.join(words)}: {reason}. joblib needs `pip install 'fwlora[workers]'`, SLURM hydra/launcher=submitit_slurm"
+            f"{' '.join(words)}: {reason}. The launchers joblib, submitit_local and submitit_slurm come with "
+            "pip install 'fwlora[workers]'"
         ) from error
     finally:
         GlobalHydra.instance().hydra = before

@@ -254,7 +254,8 @@ class _Worker:
                 train_drawn(self.draw, self.hear, room, self.search.n_jobs * len(self.search.seeds))
         except BaseException:
             for running in self.running.values():
-                self.shared.hand_back(running.trial)
+                with contextlib.suppress(UserError):  # the storage itself may be the trouble: its heartbeat ends too
+                    self.shared.hand_back(running.trial)
             raise
 
     def draw(self) -> Planned | None:
@@ -389,7 +390,7 @@ class _Watch:
 
     def _print(self, line: str) -> None:
         if self._progress is not None:
-            self._progress.console.print(line)
+            self._progress.console.print(line, markup=False)
         elif not self._silent:
             print(line, flush=True)
 
@@ -505,6 +506,13 @@ def _watch_workers(search: Search, workers: int, launcher: Sequence[str], watch:
     try:
         work = functools.partial(_work, search.given.model_dump_json())
         launch(work, workers, launcher, search.folder / "workers")
+    except UserError:
+        raise
+    except Exception as error:  # each launcher has words of its own for a worker that was killed
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise UserError(
+            f"a worker ended before its time: {reason}. What is finished is kept; the same command goes on."
+        ) from error
     finally:
         over.set()
         thread.join()
@@ -550,7 +558,8 @@ def _conclude(search: Search, shared: SharedStudy, metric: str, trials: Sequence
         print(f"best: trial {best.number}, {metric} {best.value:.4f} on the selection split, after the last epoch")
         for key, value in best.params.items():
             print(f"  {key} = {value}")
-        print(f"train it: fwlora train run={search.folder / 'best.yaml'} seeds=100..102")
+        fresh = max(search.seeds) + 1
+        print(f"train it: fwlora train run={search.folder / 'best.yaml'} seeds={fresh}..{fresh + 2}")
     print(f"results: {search.folder}")
     print(f"see the study: optuna-dashboard {shown(shared.url)}")
     for trial in failed[:3] if best is None else ():
@@ -570,6 +579,9 @@ def write_results(search: Search, shared: SharedStudy, metric: str) -> None:
     _write(search.folder / "best.yaml", _header(search, best, trials, metric) + to_yaml(best_config(search, best)))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
+        warnings.filterwarnings(
+            "ignore", message="Attempting to set identical low and high"
+        )  # a parameter of one value
         importances = _importances(shared.study)
         if importances:
             rows = [["parameter", "importance"], *([key, f"{value:.6g}"] for key, value in importances.items())]
@@ -613,7 +625,7 @@ def _csv(rows: Sequence[Sequence[Any]]) -> str:
 def _importances(study: optuna.Study) -> dict[str, float]:
     """Empty where there are too few trials to tell."""
     with warnings.catch_warnings():
-        warnings.filterwarnings("error", message="Target and region quantiles select the same set")
+        warnings.filterwarnings("error", message=".*Parameter importances will be equal")
         try:
             return optuna.importance.get_param_importances(study)
         except (ValueError, RuntimeError, UserWarning):

@@ -66,7 +66,7 @@ def cause_of(trial: FrozenTrial) -> str | None:
         return None
     if _CAUSE in trial.user_attrs:
         return trial.user_attrs[_CAUSE]
-    if len(RetryHeartbeatStaleTrialCallback.retry_history(trial)) >= _RETRIES:
+    if len(trial.system_attrs.get("retry_history", [])) >= _RETRIES:  # RetryHeartbeatStaleTrialCallback's
         return f"its worker died {_RETRIES + 1} times in this trial"
     return None
 
