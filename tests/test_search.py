@@ -73,7 +73,7 @@ def states(cfg: RunConfig) -> list[str]:
 # --- the whole of it ----------------------------------------------------------------------------
 
 
-def test_a_search_and_what_it_leaves(world, capsys):
+def test_a_search_and_what_it_leaves(world, capsys, monkeypatch):
     cfg = config(world, optuna__seeds_per_trial=2, optuna__n_trials=4)
     assert run_search(cfg) == 0
     folder = world.results / "lora" / "search"
@@ -116,6 +116,7 @@ def test_a_search_and_what_it_leaves(world, capsys):
     assert not list((world.results / "lora").glob("seed-*")), "a trial is no record of the run itself"
 
     # The same command finds nothing to do; n_trials is the total.
+    monkeypatch.setattr(searching, "_plot", lambda *_, **__: None)
     assert run_search(cfg) == 0
     assert [t.value for t in trials_of(cfg)] == [t.value for t in trials]
     assert run_search(config(world, optuna__seeds_per_trial=2, optuna__n_trials=6)) == 0
@@ -413,9 +414,10 @@ def test_a_foreign_study_is_refused(study):
     ("words", "said"),
     [
         (
-            ["optuna.search_space.lerning_rate={type: loguniform, low: 1e-4, high: 1e-2}"],
+            ["+optuna.search_space.lerning_rate={type: loguniform, low: 1e-4, high: 1e-2}"],
             "did you mean 'learning_rate'",
         ),
+        (["optuna.search_space.lora_alpha={type: int, low: 1, high: 4}"], "+optuna.search_space.lora_alpha={…}"),
         (["optuna.n_trails=4"], "did you mean 'optuna.n_trials'"),
         (["workers=0"], "workers=0: must be a whole number"),
         (["hydra/launcher=joblib"], "say how many workers"),

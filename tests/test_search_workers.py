@@ -225,14 +225,11 @@ def test_hydras_launchers_start_the_workers(world, launcher, workers, capsys):
     assert "[4/4]" in capsys.readouterr().out
 
 
-def claim_all(url: str, seed: int, pipe) -> None:
-    study = trials.SharedStudy(
-        trials.storage_url(url),
-        "s",
-        "maximize",
-        lambda n: optuna.samplers.RandomSampler(seed=n),
-        optuna.pruners.NopPruner(),
-    )
+def claim_all(url: str, pipe) -> None:
+    def sampler(number: int):
+        return optuna.samplers.RandomSampler(seed=number)
+
+    study = trials.SharedStudy(trials.storage_url(url), "s", "maximize", sampler, optuna.pruners.NopPruner())
     pipe.send("ready")
     pipe.recv()
     got = []
@@ -246,7 +243,7 @@ def claim_all(url: str, seed: int, pipe) -> None:
 def test_racing_workers_never_claim_one_too_many(storage, tmp_path, request):
     url = f"sqlite:///{tmp_path}/s.db" if storage == "sqlite" else request.getfixturevalue("postgres")
     pipes = [PROCESSES.Pipe() for _ in range(4)]
-    processes = [PROCESSES.Process(target=claim_all, args=(url, i, pipe[1])) for i, pipe in enumerate(pipes)]
+    processes = [PROCESSES.Process(target=claim_all, args=(url, pipe)) for _, pipe in pipes]
     for process in processes:
         process.start()
     for here, _ in pipes:

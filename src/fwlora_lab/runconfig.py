@@ -440,7 +440,8 @@ def _unsearchable(cfg: RunConfig, optuna: OptunaConfig) -> list[Issue]:
             continue
         seen[key] = name
         ends = [dimension.low, dimension.high]
-        if dimension.type in ("uniform", "loguniform"):
+        kind = dimension.type if isinstance(dimension, Dimension) else dimension.distribution_type
+        if kind in ("uniform", "loguniform"):
             ends = [float(end) for end in ends if end is not None]  # what a trial would draw between them
         for value in dimension.choices or ends:
             trial = json.loads(json.dumps(plain))

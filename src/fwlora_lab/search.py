@@ -479,7 +479,7 @@ def run_search(cfg: RunConfig, workers: int = 1, launcher: Sequence[str] = ()) -
             watch.note(text)
         with _Interrupts(watch.note) as stop:
             if workers > 1 or launcher:
-                _watch_workers(search, workers, launcher, watch)
+                _watch_workers(search, workers, launcher, watch, stop)
             else:
                 _Worker(search, shared, data.spec.primary, watch, stop).work()
             watch.look(at_once=True)
@@ -492,7 +492,7 @@ def run_search(cfg: RunConfig, workers: int = 1, launcher: Sequence[str] = ()) -
     return 0 if best_of(trials, search.optuna.direction) is not None else 1
 
 
-def _watch_workers(search: Search, workers: int, launcher: Sequence[str], watch: _Watch) -> None:
+def _watch_workers(search: Search, workers: int, launcher: Sequence[str], watch: _Watch, stop: _Interrupts) -> None:
     """Have the launcher start the workers and show the study while they work."""
     over = threading.Event()
 
@@ -509,6 +509,8 @@ def _watch_workers(search: Search, workers: int, launcher: Sequence[str], watch:
     except UserError:
         raise
     except Exception as error:  # each launcher has words of its own for a worker that was killed
+        if stop.asked:  # as by Ctrl-C before it began
+            raise KeyboardInterrupt from error
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise UserError(
             f"a worker ended before its time: {reason}. What is finished is kept; the same command goes on."
@@ -579,9 +581,8 @@ def write_results(search: Search, shared: SharedStudy, metric: str) -> None:
     _write(search.folder / "best.yaml", _header(search, best, trials, metric) + to_yaml(best_config(search, best)))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
-        warnings.filterwarnings(
-            "ignore", message="Attempting to set identical low and high"
-        )  # a parameter of one value
+        # A slice through a parameter that had one value.
+        warnings.filterwarnings("ignore", message="Attempting to set identical low and high")
         importances = _importances(shared.study)
         if importances:
             rows = [["parameter", "importance"], *([key, f"{value:.6g}"] for key, value in importances.items())]

@@ -14,7 +14,7 @@ import threading
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import filelock
 import optuna
@@ -26,12 +26,14 @@ from optuna.samplers import BaseSampler
 from optuna.storages import RDBStorage, RetryHeartbeatStaleTrialCallback, fail_stale_trials
 from optuna.trial import FrozenTrial, Trial, TrialState
 from sqlalchemy.engine import URL
+from sqlalchemy.exc import ArgumentError, SQLAlchemyError
 
 from fwlora_lab.errors import UserError
 
 HEARTBEAT_SECONDS = 10
 GRACE_SECONDS = 60  # silence after which a worker counts as dead
 _RETRIES = 2  # of a trial whose worker died: the third time it may well be the trial's fault
+Direction = Literal["maximize", "minimize"]
 SCORES = "scores"  # one for each seed
 _CAUSE = "cause"
 _HANDED_BACK = "handed_back"
@@ -43,7 +45,7 @@ def storage_url(text: str) -> URL:
     cure = "use sqlite:///FILE, or postgresql://USER@HOST/DATABASE to share a study over machines"
     try:
         url = sqlalchemy.make_url(text)
-    except sqlalchemy.exc.ArgumentError:
+    except ArgumentError:
         raise UserError(f"optuna.storage={text}: is no database URL: {cure}") from None
     kind = url.get_backend_name()
     if kind in ("postgresql", "postgres"):
@@ -95,7 +97,7 @@ class SharedStudy:
     """
 
     def __init__(
-        self, url: URL, name: str, direction: str, sampler: Callable[[int], BaseSampler], pruner: BasePruner
+        self, url: URL, name: str, direction: Direction, sampler: Callable[[int], BaseSampler], pruner: BasePruner
     ) -> None:
         self.url = url
         self._sampler = sampler
@@ -126,7 +128,7 @@ class SharedStudy:
             raise UserError(
                 f"optuna.storage={shown(self.url)} needs the package {error.name}: pip install 'fwlora[postgres]'"
             ) from error
-        except (sqlalchemy.exc.SQLAlchemyError, StorageInternalError, OSError) as error:
+        except (SQLAlchemyError, StorageInternalError, OSError) as error:
             cause: BaseException = error
             while cause.__cause__ is not None:
                 cause = cause.__cause__
@@ -263,7 +265,7 @@ class SharedStudy:
         while not self._stopped.wait(HEARTBEAT_SECONDS):
             for trial_id in tuple(self._beating):
                 # A database that is away for a moment: the next beat may reach it.
-                with contextlib.suppress(sqlalchemy.exc.SQLAlchemyError, StorageInternalError, KeyError):
+                with contextlib.suppress(SQLAlchemyError, StorageInternalError, KeyError):
                     self._storage.record_heartbeat(trial_id)
 
     @contextlib.contextmanager
