@@ -36,6 +36,9 @@ LAB = [
     "methods",
     "train",
     "progress",
+    "trials",
+    "launch",
+    "search",
     "cli",
 ]
 

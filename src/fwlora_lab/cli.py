@@ -1,4 +1,4 @@
-"""The command line: `fwlora train | validate | generate | demo | doctor`.
+"""The command line: `fwlora train | search | validate | generate | demo | doctor`.
 
 Whatever a person got wrong ends in one message on standard error and exit code 2, never in a traceback. Exit code
 1 says that runs failed, 130 that Ctrl-C stopped the work.
@@ -50,6 +50,26 @@ packaged runs:
 {runs}
 """
 
+_SEARCH = """\
+Searches the hyper-parameters that the run config's block `optuna` names, and writes the best as a run config. Trials
+are scored on a part of the training data that they do not train on, never on dev.
+
+  fwlora search run=minilm-cola-lora dataset.root=DIR
+  fwlora search run=minilm-cola-lora dataset.root=DIR optuna.n_trials=30 optuna.pruner=median
+  fwlora search run=my-run.yaml workers=4                           four processes on this machine (joblib)
+  fwlora search run=my-run.yaml workers=8 hydra/launcher=submitit_slurm hydra.launcher.partition=gpu
+  fwlora search run=my-run.yaml optuna.storage=postgresql://USER@HOST/DATABASE      the same on any number of machines
+
+optuna.n_trials is the study's total, whatever the number of workers: the same command goes on where it was stopped,
+and with more trials continues the study. The first Ctrl-C finishes the running trials, the second stops at once.
+
+words of this command (all others are keys of the run config):
+  run=ID[,ID...]                 the run or runs, searched one after another
+  workers=N                      processes that share the study
+  hydra/launcher=NAME            what starts them: joblib, submitit_local, submitit_slurm
+  hydra.launcher.KEY=VALUE       the launcher's settings
+"""
+
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line and return its exit code."""
@@ -91,6 +111,17 @@ def _parser() -> argparse.ArgumentParser:
     train.add_argument("-m", "--multirun", action="store_true", help="sweep over KEY=A,B,C")
     train.add_argument("--config-dir", metavar="DIR", help="a tree with run configs of your own")
     train.set_defaults(command=_train)
+
+    search = commands.add_parser(
+        "search",
+        help="search hyper-parameters with Optuna",
+        usage="fwlora search run=ID[,ID...] [optuna.n_trials=N] [workers=N] [KEY=VALUE ...] [--config-dir DIR]",
+        description=_SEARCH,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    search.add_argument("words", nargs="*", metavar="KEY=VALUE", help="overrides, as Hydra writes them")
+    search.add_argument("--config-dir", metavar="DIR", help="a tree with run configs of your own")
+    search.set_defaults(command=_search)
 
     validate = commands.add_parser("validate", help="check run configs without training")
     validate.add_argument("files", nargs="+", metavar="FILE", help="YAML files")
@@ -140,15 +171,13 @@ def _train_help(parser: argparse.ArgumentParser) -> str:
     return f"{options}\n{_TRAIN.format(runs=runs)}"
 
 
-def _split_words(words: Sequence[str]) -> tuple[str, list[int] | None, bool, list[str]]:
-    """run=, seeds= and again= are this command's own; the rest goes to Hydra as it is."""
-    from fwlora_lab.compose import parse_seeds
-
+def _own_words(words: Sequence[str], names: Sequence[str]) -> tuple[dict[str, str], list[str]]:
+    """The words that are a command's own, run= among them; the rest goes to Hydra as it is."""
     own: dict[str, str] = {}
     rest = []
     for word in words:
         key, sign, value = word.partition("=")
-        if sign and key in ("run", "seeds", "again"):
+        if sign and key in ("run", *names):
             if key in own:
                 raise UserError(f"{key}= stands twice: give it once, as in {key}={own[key]},{value}.")
             own[key] = value
@@ -156,6 +185,13 @@ def _split_words(words: Sequence[str]) -> tuple[str, list[int] | None, bool, lis
             rest.append(word)
     if not own.get("run"):
         raise UserError("say which run: run=ID. `fwlora train --help` lists the packaged ones.")
+    return own, rest
+
+
+def _split_words(words: Sequence[str]) -> tuple[str, list[int] | None, bool, list[str]]:
+    from fwlora_lab.compose import parse_seeds
+
+    own, rest = _own_words(words, ("seeds", "again"))
     again = own.get("again", "false").lower()
     if again not in ("true", "false"):
         raise UserError(f"again={own['again']}: must be true or false.")
@@ -193,6 +229,25 @@ def _train_and_tell(runs: Sequence[Planned], again: bool) -> int:
 
 def _folder(record: Record) -> str:
     return f"{record.config['results_dir']}/{record.run_id}/seed-{record.seed}"
+
+
+def _search(options: argparse.Namespace) -> int:
+    from fwlora_lab.compose import expand_runs
+
+    own, rest = _own_words(options.words, ("workers",))
+    launcher = [word for word in rest if word.lstrip("+").startswith(("hydra/launcher=", "hydra.launcher."))]
+    if not own.get("workers", "1").isdecimal() or int(own.get("workers", "1")) < 1:
+        raise UserError(f"workers={own['workers']}: must be a whole number from 1 on.")
+    if launcher and "workers" not in own:
+        raise UserError(f"{launcher[0]}: say how many workers it is to start, as in workers=4.")
+    rest = [word for word in rest if word not in launcher]
+    configs = expand_runs(own["run"], rest, config_dir=options.config_dir)
+    try:
+        from fwlora_lab.search import run_search
+    except ModuleNotFoundError as error:
+        raise UserError(f"search needs the package {error.name}: pip install 'fwlora[lab]'") from error
+
+    return max([run_search(cfg, int(own.get("workers", "1")), launcher) for cfg in configs])
 
 
 def _validate(options: argparse.Namespace) -> int:

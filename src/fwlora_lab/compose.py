@@ -439,7 +439,9 @@ def _compose_message(file: Path, error: BaseException) -> str:
     key = getattr(cause, "full_key", None) or getattr(cause, "key", None)
     if key and str(key) not in text:
         text = f"{key}: {text}"
-    if str(key).startswith("optuna."):
+    if str(key).startswith("optuna.search_space."):
+        text += f"; a parameter that is new to the space is added with a plus, +{key}={{…}}"
+    elif str(key).startswith("optuna."):
         text += "; this run has no optuna block: give a whole one, +optuna={…}"
     return f"{file}: cannot be composed: {text}"
 

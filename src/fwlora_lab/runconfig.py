@@ -286,16 +286,23 @@ class NamedDimension(_Block):
 
 
 class OptunaConfig(_Block):
-    """The search around a run; `search_space` by name or `search_spaces` as a list, not both."""
+    """The search around a run; `search_space` by name or `search_spaces` as a list, not both.
+
+    `n_trials` is the study's total over all workers and restarts. A trial is scored by the mean over
+    `seeds_per_trial` seeds, training.seed and those after it. `n_jobs` trials share a worker's lanes (None: as many
+    as there are lanes, but at most a quarter of n_trials). `storage` is a sqlite:/// or postgresql:// URL (None: a
+    SQLite file in the results folder).
+    """
 
     n_trials: Positive = 20
     direction: Literal["maximize", "minimize"] = "maximize"
     search_space: dict[Text, Dimension] | None = None
     search_spaces: list[NamedDimension] | None = None
     sampler: Literal["tpe", "random"] = "tpe"
-    pruner: Literal["none", "median"] = "none"
+    pruner: Literal["none", "median", "hyperband"] = "none"
     storage: Text | None = None
     seeds_per_trial: Positive = 1
+    n_jobs: Positive | None = None
 
     @model_validator(mode="after")
     def _one_dialect(self) -> OptunaConfig:
@@ -432,7 +439,11 @@ def _unsearchable(cfg: RunConfig, optuna: OptunaConfig) -> list[Issue]:
             issues.append(Issue(where, f"means {key}, as {seen[key]} does: keep one of them"))
             continue
         seen[key] = name
-        for value in dimension.choices or (dimension.low, dimension.high):
+        ends = [dimension.low, dimension.high]
+        kind = dimension.type if isinstance(dimension, Dimension) else dimension.distribution_type
+        if kind in ("uniform", "loguniform"):
+            ends = [float(end) for end in ends if end is not None]  # what a trial would draw between them
+        for value in dimension.choices or ends:
             trial = json.loads(json.dumps(plain))
             _set(trial, key, value)
             try:
@@ -500,6 +511,17 @@ def _set(data: dict[str, Any], key: str, value: Any) -> None:
     for part in blocks:
         data = data[part]
     data[last] = value
+
+
+def with_values(cfg: RunConfig, values: Mapping[str, Any]) -> RunConfig:
+    """The config with other values under some of its keys; a UserError that names every one that does not go."""
+    data = json.loads(json.dumps(cfg.model_dump()))
+    for key, value in values.items():
+        _set(data, key, value)
+    try:
+        return RunConfig.model_validate(data)
+    except ValidationError as error:
+        raise UserError(listing([f"{i.key}: {i.text}" for i in issues_of(error, data)])) from None
 
 
 def search_key(name: str) -> str:

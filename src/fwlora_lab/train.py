@@ -14,7 +14,7 @@ import shlex
 import sys
 import time
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
@@ -123,6 +123,13 @@ class RunFailed(Event):
 
 
 @dataclass(frozen=True)
+class RunRefused(Event):
+    """A run that was drawn cannot be trained as it is configured; there is no record of it."""
+
+    reason: str
+
+
+@dataclass(frozen=True)
 class Note(Event):
     """Something that a reader should know once."""
 
@@ -130,6 +137,10 @@ class Note(Event):
 
 
 Listener = Callable[[Event], object]
+
+
+class StopRun(Exception):
+    """Raised by a listener that hears `Evaluated`: the run ends there and leaves nothing, the others go on."""
 
 
 def _silence(event: Event) -> None:
@@ -160,7 +171,9 @@ def train_cohort(runs: Sequence[Planned], listen: Listener = _silence, again: bo
         KeyboardInterrupt: the run in progress leaves nothing.
     """
     device = pick_device()
-    jobs = _prepare(runs, device, again)
+    prepared = _Prepared(device)
+    jobs = [prepared.job(run) for run in runs]
+    _refuse_collisions(jobs, again)
     cohort = _Cohort(jobs, device, listen, again)
     waiting = list(range(len(jobs)))
     for patient in (False, True):
@@ -169,10 +182,73 @@ def train_cohort(runs: Sequence[Planned], listen: Listener = _silence, again: bo
         for index in waiting:
             groups.setdefault(_lane_group(jobs[index]) or index, []).append(index)
         for key, group in groups.items():
-            train = cohort.one_by_one if isinstance(key, int) else cohort.in_lanes
-            busy += train(group, patient)
+            if isinstance(key, int):
+                busy += cohort.one_by_one(group, patient)
+            else:
+                busy += cohort.in_lanes(iter(group), [jobs[i] for i in group], patient)
         waiting = busy
-    return [cohort.records[index] for index in range(len(jobs))]
+    return [cohort.records[index] for index in range(len(jobs)) if index in cohort.records]
+
+
+def train_drawn(
+    draw: Callable[[], Planned | None], listen: Listener, room: Sequence[Planned] = (), at_once: int | None = None
+) -> None:
+    """Train runs that are decided one at a time: `draw` is asked for the next whenever there is a place to train it.
+
+    It may return None for now and is asked again while others train; None with nothing in training ends the call.
+    Runs are trained anew whether or not they are there. `room` are runs as large as any that will be drawn: the
+    lanes are made wide enough for them. At most `at_once` runs train at a time (None: as many as there are lanes).
+
+    Raises:
+        UserError: no run of `room` can be trained as it is configured, the weights cannot be read or the results
+            cannot be written.
+        KeyboardInterrupt: the runs in progress leave nothing.
+    """
+    device = pick_device()
+    prepared = _Prepared(device)
+    largest: list[_Job] = []
+    refusal: UserError | None = None
+    for run in room:
+        try:
+            largest.append(prepared.job(run))
+        except UserError as error:
+            refusal = error
+    if refusal is not None and not largest:
+        raise refusal
+    jobs: list[_Job] = []
+    cohort = _Cohort(jobs, device, listen, again=True)
+    put_off: list[int] = []  # drawn, but of another kind than the lanes in use
+
+    def take() -> int | None:
+        while not put_off and (run := draw()) is not None:
+            try:
+                jobs.append(prepared.job(run))
+            except UserError as error:
+                listen(RunRefused(run.cfg.run_id, run.seed, str(error)))
+            else:
+                return len(jobs) - 1
+        return None
+
+    def take_like(first: int, room: Sequence[_Job]) -> Iterator[int | None]:
+        """The first and all that fit into lanes with this room; what does not waits for lanes of its own."""
+        targets, highest = _room_for(room)
+        yield first
+        while True:
+            index = take()
+            if index is not None:
+                names, rank = _room_for([jobs[index]])
+                if _lane_group(jobs[index]) != _lane_group(room[0]) or rank > highest or not set(names) <= set(targets):
+                    put_off.append(index)
+                    index = None
+            yield index
+
+    while (index := put_off.pop() if put_off else take()) is not None:
+        group = _lane_group(jobs[index])
+        if group is None:
+            cohort.one_by_one([index], patient=True)
+        else:
+            roomy = [jobs[index], *(job for job in largest if _lane_group(job) == group)]
+            cohort.in_lanes(take_like(index, roomy), roomy, patient=True, width=at_once or _LANES[device.type])
 
 
 def pick_device() -> torch.device:
@@ -215,12 +291,18 @@ class _Job:
         return collate(table, index, cast(int, pad or 0), data.padding, data.max_length)
 
 
-def _prepare(runs: Sequence[Planned], device: torch.device, again: bool) -> list[_Job]:
-    tasks: dict[str, TaskData] = {}
-    backbones: dict[str, Backbone] = {}
-    tables: dict[tuple[str, str, str], TokenTable] = {}
-    jobs: list[_Job] = []
-    for run in runs:
+@dataclass
+class _Prepared:
+    """Data, tokens and backbones, each loaded once."""
+
+    device: torch.device
+    tasks: dict[str, TaskData] = field(default_factory=dict)
+    backbones: dict[str, Backbone] = field(default_factory=dict)
+    tables: dict[tuple[str, str, str], TokenTable] = field(default_factory=dict)
+
+    def job(self, run: Planned) -> _Job:
+        """The run with all that it needs; refuses what cannot be trained."""
+        tasks, backbones, tables = self.tasks, self.backbones, self.tables
         training = run.cfg.training.model_copy(update={"seed": run.seed})
         cfg = run.cfg.model_copy(update={"training": training})
         data_key = cfg.dataset.model_dump_json()
@@ -252,28 +334,24 @@ def _prepare(runs: Sequence[Planned], device: torch.device, again: bool) -> list
         total_steps = cfg.training.epochs * steps_per_epoch(cfg, len(data.train))
         check_warmup(cfg, total_steps, len(data.train))
         notes = [*warnings_of(cfg), *plan_adapters(cfg, backbone, total_steps).warnings]
-        if cfg.training.mixed_precision == "bf16" and device.type == "cpu":
+        if cfg.training.mixed_precision == "bf16" and self.device.type == "cpu":
             notes.append("training.mixed_precision=bf16 is for GPUs: on this CPU the run trains in fp32.")
         if cfg.training.engine == "lanes" and not supports(backbone.config):
             notes.append(
                 f"training.engine=lanes does not know {backbone.config.model_type}: the run trains with PEFT's layers "
                 "and padded batches, one model a run."
             )
-        jobs.append(
-            _Job(
-                cfg=cfg,
-                seed=run.seed,
-                data=data,
-                backbone=backbone,
-                train=tables[data_key, backbone_key, "train"],
-                evaluation=tables[data_key, backbone_key, cfg.training.evaluate_on],
-                total_steps=total_steps,
-                folder=RunDir(cfg.results_dir, cfg.run_id, run.seed),
-                warnings=tuple(notes),
-            )
+        return _Job(
+            cfg=cfg,
+            seed=run.seed,
+            data=data,
+            backbone=backbone,
+            train=tables[data_key, backbone_key, "train"],
+            evaluation=tables[data_key, backbone_key, cfg.training.evaluate_on],
+            total_steps=total_steps,
+            folder=RunDir(cfg.results_dir, cfg.run_id, run.seed),
+            warnings=tuple(notes),
         )
-    _refuse_collisions(jobs, again)
-    return jobs
 
 
 def steps_per_epoch(cfg: RunConfig, examples: int) -> int:
@@ -329,27 +407,31 @@ class _Cohort:
                 if not self._takes(index, stack, patient):
                     busy.append(index)
                 elif index not in self.records:
-                    self.records[index] = _train_one(self.jobs[index], self.device, self.listen)
+                    self._file(index, _train_one(self.jobs[index], self.device, self.listen))
         return busy
 
-    def in_lanes(self, group: Sequence[int], patient: bool) -> list[int]:
-        """Train the jobs on one backbone, as many at once as there are lanes; a lane that is done takes the next."""
+    def in_lanes(
+        self, queue: Iterator[int | None], room: Sequence[_Job], patient: bool, width: int | None = None
+    ) -> list[int]:
+        """Train the queue's jobs on one backbone, as many at once as there are lanes; a free lane takes the next.
+
+        The queue yields None where it has nothing for now. The lanes have room for every job of `room`, which the
+        queue's must be like; there are at most `width` of them (None: one for each job of `room`).
+        """
         busy: list[int] = []
-        queue = list(group)
         engine: Lanes | None = None
         seats: list[_Seat] = []
-        table = self.jobs[group[0]].train.to(self.device)
-        evaluation = self.jobs[group[0]].evaluation
-        width = min(_LANES[self.device.type], len(group))
+        table = room[0].train.to(self.device)
+        evaluation = room[0].evaluation
+        width = min(_LANES[self.device.type], width or len(room))
         with contextlib.ExitStack() as everything:
             while True:
-                while queue and len(seats) < width:
-                    index = queue.pop(0)
+                while len(seats) < width and (index := next(queue, None)) is not None:
                     stack = everything.enter_context(contextlib.ExitStack())
                     if not self._takes(index, stack, patient):
                         busy.append(index)
                     elif index not in self.records:
-                        engine = engine or _lanes_for([self.jobs[i] for i in group], width, self.device)
+                        engine = engine or _lanes_for(room, width, self.device)
                         seats.append(_Seat.taken(index, self.jobs[index], engine, self.device, stack))
                         if len(seats) == 1:
                             width = _lanes_that_fit(width, engine, seats[0], table)
@@ -368,7 +450,11 @@ class _Cohort:
                     self._evaluate(engine, seats, ended, evaluation)
                 for seat in list(seats):
                     if seat.failure is not None or seat.state.epoch == seat.job.cfg.training.epochs:
-                        self.records[seat.index] = seat.leave(engine, seats, self.device, self.listen)
+                        self._file(seat.index, seat.leave(engine, seats, self.device, self.listen))
+
+    def _file(self, index: int, record: Record | None) -> None:
+        if record is not None:
+            self.records[index] = record
 
     def _takes(self, index: int, stack: contextlib.ExitStack, patient: bool) -> bool:
         """Lock the job's folder. False where another process has it; a run that is there is filed at once."""
@@ -433,8 +519,12 @@ class _Cohort:
                 _close_epoch(seat.job, state, own.contiguous().numpy())
             except (Diverged, UserError) as error:
                 seat.failure = error
-            else:
+                continue
+            try:
                 self.listen(Evaluated(*seat.job.key, state.epoch, state.epochs[-1].metrics))
+            except StopRun as stop:
+                seat.failure = stop
+            else:
                 seat.shuffle()
 
 
@@ -493,7 +583,7 @@ class _Seat:
         phase = list(state.training.seconds)[-1]
         listen(StepDone(*self.job.key, state.step, self.job.total_steps, mean, phase, rate))
 
-    def leave(self, engine: Lanes, seats: list[_Seat], device: torch.device, listen: Listener) -> Record:
+    def leave(self, engine: Lanes, seats: list[_Seat], device: torch.device, listen: Listener) -> Record | None:
         """Give the lane back and write the record."""
         lane = seats.index(self)
         del seats[lane]
@@ -521,11 +611,15 @@ def _lane_group(job: _Job) -> object | None:
     return (spectral, backbone, targets, id(job.train), id(job.evaluation))
 
 
+def _room_for(jobs: Sequence[_Job]) -> tuple[list[str], int]:
+    """Every matrix that one of the jobs adapts, and the highest rank."""
+    ranks = [initial_ranks(job.cfg, job.backbone, job.total_steps) for job in jobs]
+    return list(dict.fromkeys(name for of in ranks for name in of)), max(rank for of in ranks for rank in of.values())
+
+
 def _lanes_for(jobs: Sequence[_Job], width: int, device: torch.device) -> Lanes:
     """An engine with room for every job's matrices and ranks."""
-    ranks = [initial_ranks(job.cfg, job.backbone, job.total_steps) for job in jobs]
-    targets = list(dict.fromkeys(name for of in ranks for name in of))
-    highest = max(rank for of in ranks for rank in of.values())
+    targets, highest = _room_for(jobs)
     model = build_classifier(jobs[0].backbone, jobs[0].spec, 0).to(device)  # type: ignore[arg-type]
     if jobs[0].cfg.training.mixed_precision == "bf16" and device.type == "cuda":
         model.bfloat16()  # what is trained stays in fp32
@@ -629,7 +723,7 @@ class RunState:
         return sum(losses) / len(losses)
 
 
-def _train_one(job: _Job, device: torch.device, listen: Listener) -> Record:
+def _train_one(job: _Job, device: torch.device, listen: Listener) -> Record | None:
     started = datetime.now(UTC)
     _forget_peak_memory(device)
     state: RunState | None = None
@@ -654,8 +748,10 @@ def _finish(
     started: datetime,
     failure: Exception | None,
     listen: Listener,
-) -> Record:
-    """Write the record of a run that is over, well or not, and say so."""
+) -> Record | None:
+    """Write the record of a run that is over, well or not, and say so; a run that was stopped has none."""
+    if isinstance(failure, StopRun):
+        return None
     if failure is None:
         assert state is not None
         try:

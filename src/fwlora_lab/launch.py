@@ -1,0 +1,76 @@
+"""Workers started by a Hydra launcher plugin: joblib on one machine, submitit on a SLURM cluster."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from hydra import version
+from hydra._internal.callbacks import Callbacks
+from hydra._internal.hydra import Hydra
+from hydra._internal.utils import create_config_search_path
+from hydra.core.global_hydra import GlobalHydra
+from hydra.core.plugins import Plugins
+from hydra.errors import HydraException
+from hydra.types import HydraContext, RunMode
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from fwlora_lab.errors import UserError
+
+_LAUNCHER = "hydra/launcher="
+_SETTINGS = "hydra.launcher."
+
+
+class _Task:
+    """What a worker does, as Hydra calls it; a class of its own so that it can be sent to another machine."""
+
+    def __init__(self, work: Callable[[], Any]) -> None:
+        self.work = work
+
+    def __call__(self, _: DictConfig) -> Any:
+        return self.work()
+
+
+def launch(work: Callable[[], Any], workers: int, words: Sequence[str], folder: Path) -> list[Any]:
+    """Call `work` in each of `workers` processes that the launcher starts, wait for all, and return what they return.
+
+    `words` are `hydra/launcher=NAME` (joblib where there is none) and `hydra.launcher.KEY=VALUE`; the launcher's own
+    files go to `folder`. An exception in a worker is raised here.
+
+    Raises:
+        UserError: there is no such launcher, or one of its settings is wrong.
+    """
+    if any("_target_" in word or "${" in word for word in words):
+        raise UserError("hydra.launcher: _target_ and ${…} are refused: a launcher is chosen by its name")
+    words = [*words]
+    if not any(word.startswith(_LAUNCHER) for word in words):
+        words.insert(0, f"{_LAUNCHER}joblib")
+    if f"{_LAUNCHER}joblib" in words and not any(word.startswith(f"{_SETTINGS}n_jobs=") for word in words):
+        words.append(f"{_SETTINGS}n_jobs={workers}")
+    before = GlobalHydra.instance().hydra
+    GlobalHydra.instance().hydra = None
+    try:
+        version.setbase("1.3")
+        hydra = Hydra.create_main_hydra2("fwlora", create_config_search_path(None))
+        quiet = ["hydra/hydra_logging=disabled", "hydra/job_logging=disabled", "hydra.output_subdir=null"]
+        config = hydra.compose_config(None, [*quiet, *words], run_mode=RunMode.MULTIRUN)
+        OmegaConf.set_readonly(config.hydra, False)
+        config.hydra.sweep.dir = str(folder.resolve())
+        config.hydra.sweep.subdir = "${hydra.job.num}"
+        context = HydraContext(config_loader=hydra.config_loader, callbacks=Callbacks(config))
+        launcher = Plugins.instance().instantiate_launcher(
+            hydra_context=context, task_function=_Task(work), config=config
+        )
+        quoted = str(folder.resolve()).replace("\\", r"\\").replace("'", r"\'")
+        done = launcher.launch([[f"hydra.sweep.dir='{quoted}'"]] * workers, initial_job_idx=0)
+    except (HydraException, OmegaConfBaseException) as error:
+        reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
+        raise UserError(
+            f"{' '.join(words)}: {reason}. The launchers joblib, submitit_local and submitit_slurm come with "
+            "pip install 'fwlora[workers]'"
+        ) from error
+    finally:
+        GlobalHydra.instance().hydra = before
+    return [job.return_value for job in done]
