@@ -94,6 +94,7 @@ class World:
                 "max_length": 32,
             },
             "training": {
+                "engine": "peft",
                 "epochs": 2,
                 "batch_size": 4,
                 "learning_rate": 5e-3,

@@ -168,8 +168,9 @@ class DatasetConfig(_Block):
 class TrainingConfig(_Block):
     """The loop. `evaluate_on` is `selection` while tuning, `dev` for what is reported.
 
-    `engine` trains a run with PEFT's layers, padded batches and one model a run (`peft`), or in a lane
-    of a shared backbone on packed batches (`lanes`), several runs at once.
+    `engine` trains a run in a lane of a shared backbone on packed batches, several runs at once (`lanes`), or with
+    PEFT's layers, padded batches and one model a run (`peft`), as the public reference and where lanes do not know
+    the architecture.
     """
 
     epochs: Annotated[int, Field(ge=1, le=100_000)] = 3
@@ -185,7 +186,7 @@ class TrainingConfig(_Block):
     seed: Seed = 42
     evaluate_on: Literal["dev", "selection"] = "dev"
     save_adapter: bool = True
-    engine: Literal["peft", "lanes"] = "peft"
+    engine: Literal["lanes", "peft"] = "lanes"
 
 
 class FWLoraSettings(_Block):

@@ -336,7 +336,13 @@ class _Prepared:
         notes = [*warnings_of(cfg), *plan_adapters(cfg, backbone, total_steps).warnings]
         if cfg.training.mixed_precision == "bf16" and self.device.type == "cpu":
             notes.append("training.mixed_precision=bf16 is for GPUs: on this CPU the run trains in fp32.")
-        if cfg.training.engine == "lanes" and not supports(backbone.config):
+        if cfg.training.engine == "lanes" and supports(backbone.config):
+            if cfg.dataset.padding == "max_length":
+                notes.append(
+                    "dataset.padding=max_length changes nothing here: lanes compute true tokens only. "
+                    "Set training.engine=peft to pad."
+                )
+        elif cfg.training.engine == "lanes":
             notes.append(
                 f"training.engine=lanes does not know {backbone.config.model_type}: the run trains with PEFT's layers "
                 "and padded batches, one model a run."
