@@ -33,7 +33,7 @@ def claim(relation="greater", margin=0.0, metric="accuracy", method="new", refer
 
 def one(what: Claim, new, old=None, metric="accuracy", **more) -> verdicts.Verdict:
     scores = {"new": dict(enumerate(new)), "old": dict(enumerate(new if old is None else old))}
-    (verdict,) = judge([what], {KEY: Cell({metric: scores}, **more)}, "offline", rng(), draws=400)
+    (verdict,) = judge([what], {KEY: Cell({metric: scores}, **more)}, "fwlora compare study=offline", rng(), draws=400)
     return verdict
 
 
@@ -123,7 +123,7 @@ def test_the_requests_claims_hold_for_the_requests_numbers():
             noise = generator.normal(0, 1, 8)
             cells[task, 0.2].scores[metric][method] = dict(enumerate(mean + 2e-4 * noise))
             cells[task, 0.2].scores["train_seconds"][method] = dict(enumerate(60 * time * np.exp(5e-4 * noise)))
-    found = judge(claims, cells, "request", rng())
+    found = judge(claims, cells, "fwlora compare study=request", rng())
     assert [v.state for v in found] == ["holds"] * 16
     assert all(c.source for c in claims)
     assert verdicts.read_claims([c.model_dump(mode="json") for c in claims], "json") == claims
@@ -198,13 +198,13 @@ def test_nothing_pretends_to_know(new, old, why, seeds):
 
 
 def test_what_was_not_run_is_undecided_and_a_metric_nobody_recorded_is_a_mistake():
-    (found,) = judge([claim()], {}, "offline", rng())
+    (found,) = judge([claim()], {}, "fwlora compare study=offline", rng())
     assert found.state == "undecided" and found.estimate is None and "no finished run of new and old" in found.reason
     cell = Cell({"accuracy": {"old": {0: 0.7}}})
-    (found,) = judge([claim()], {KEY: cell}, "offline", rng())
+    (found,) = judge([claim()], {KEY: cell}, "fwlora compare study=offline", rng())
     assert found.reason == "no finished run of new."
     with pytest.raises(UserError, match="recorded 'acuracy'; they recorded accuracy"):
-        judge([claim(metric="acuracy")], {KEY: cell}, "offline", rng())
+        judge([claim(metric="acuracy")], {KEY: cell}, "fwlora compare study=offline", rng())
 
 
 def test_failed_runs_are_named_and_never_a_number():

@@ -1,4 +1,4 @@
-"""What a run leaves behind: written in one piece, read by everything that compares runs.
+"""What runs and studies leave behind: written in one piece, read by everything that compares runs.
 
 results_dir/<run_id>/seed-<n>/
     config.yaml       the resolved run config; `fwlora train run=<this file>` does the run again
@@ -6,6 +6,8 @@ results_dir/<run_id>/seed-<n>/
     metrics.json      the final metrics, flat
     predictions.npz   logits [n, classes] float32 and labels [n] of the last evaluation
     adapter/          the adapter and the head, as PEFT's `PeftModel.from_pretrained` reads them
+
+results_dir/study.json says which of these runs a study is made of, and what it claims: a `StudyPlan`.
 """
 
 from __future__ import annotations
@@ -159,6 +161,36 @@ class Record(_Row):
         return self.epochs[-1].metrics if self.epochs else {}
 
 
+class StudyCell(_Row):
+    """The runs of one method on one task at one budget: those with this run_id, one for each seed."""
+
+    task: str
+    budget: float
+    method: str
+    run_id: str
+
+
+class StudyPlan(_Row):
+    """What a study consists of, whether or not it has been trained yet.
+
+    `command` trains it, seeds= left out. `budgets` are in percent of the backbone's
+    parameters; `methods` gives each method's description, in the study's order; `reference` is the method that the
+    others are compared with; `selection` says how hyper-parameters were chosen; `claims` are those of `verdicts`.
+    """
+
+    schema_version: Literal[1] = SCHEMA_VERSION
+    study: str
+    command: str
+    tasks: list[str]
+    budgets: list[float]
+    methods: dict[str, str]
+    reference: str
+    seeds: list[int]
+    selection: dict[str, Any]
+    cells: list[StudyCell]
+    claims: list[dict[str, Any]] = []
+
+
 class RunDir:
     """The folder of one run and seed. All writing happens under `lock()`."""
 
@@ -264,6 +296,33 @@ def load_record(path: str | Path) -> Record:
             f"{file}: not a record of this version ({where}: {first['msg']}). "
             "Delete the folder, or train the run again with again=true."
         ) from error
+
+
+def load_plan(results_dir: str | Path) -> StudyPlan | None:
+    """The plan of the study in `results_dir`; None where there is none. UserError where it is broken."""
+    file = Path(results_dir) / "study.json"
+    try:
+        return StudyPlan.model_validate_json(file.read_bytes())
+    except FileNotFoundError:
+        return None
+    except (OSError, ValidationError) as error:
+        raise UserError(
+            f"{file}: not a study's plan of this version ({str(error).splitlines()[0]}). Delete it, and `fwlora compare` "
+            "writes it anew."
+        ) from error
+
+
+def write_plan(results_dir: str | Path, plan: StudyPlan) -> None:
+    """Write study.json in one piece; UserError where that cannot be done."""
+    file = Path(results_dir) / "study.json"
+    half = file.with_name(f".study.{os.getpid()}.tmp")
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        _write_json(half, plan.model_dump(mode="json"))
+        half.replace(file)
+    except OSError as error:
+        half.unlink(missing_ok=True)
+        raise _cannot_write(file, error) from error
 
 
 def load_predictions(path: str | Path) -> tuple[np.ndarray, np.ndarray]:

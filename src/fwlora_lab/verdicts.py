@@ -299,7 +299,7 @@ class Verdict:
 def judge(
     claims: Sequence[Claim],
     cells: Mapping[tuple[str, float], Cell],
-    study: str,
+    command: str,
     rng: np.random.Generator,
     alpha: float = 0.05,
     draws: int = 10_000,
@@ -307,7 +307,8 @@ def judge(
     """The verdict of every claim, from `cells[task, budget]`; all claims together are one family.
 
     With probability 1 − `alpha` or more no verdict of the table is false. A claim without data stays a member of
-    the family, so that leaving out runs makes no verdict easier. `rng` and `draws` are for the bootstrap.
+    the family, so that leaving out runs makes no verdict easier. `command` is what trains the study, without its
+    seeds; `rng` and `draws` are for the bootstrap.
 
     Raises:
         UserError: a claim's metric is not among those that its runs recorded.
@@ -322,7 +323,7 @@ def judge(
         key = (claim.scope, claim.metric, claim.method, claim.reference)
         if key not in bootstraps:
             bootstraps[key] = _bootstrap(claim, where, seeds, rng, draws)
-        verdicts.append(_explain(claim, where, seeds, values, region, decision, bootstraps[key], study, alpha))
+        verdicts.append(_explain(claim, where, seeds, values, region, decision, bootstraps[key], command, alpha))
     return verdicts
 
 
@@ -422,7 +423,7 @@ def _explain(
     region: tuple[float, float],
     decision: Decision,
     bootstrap: stats.TwoWay | None,
-    study: str,
+    command: str,
     alpha: float,
 ) -> Verdict:
     names = [name for name in (claim.method, claim.reference) if name is not None]
@@ -437,7 +438,7 @@ def _explain(
     if silent or mean is None:
         without = [n for n in names if not where.scores.get(claim.metric, {}).get(n)]
         why = f"no finished run of {' and '.join(without)}" if without else silent
-        settle = _command(study, max(FIRST_SEEDS, 2 * len(seeds)), seeds)
+        settle = _with_seeds(command, max(FIRST_SEEDS, 2 * len(seeds)), seeds)
         return Verdict(
             claim, "undecided", seeds, estimate, None, None, None, None, None, None, settle, f"{why}.{left_out}"
         )
@@ -458,7 +459,7 @@ def _explain(
         else:
             needed = max(needed, len(seeds) + 1)
             reason = f"{family_size} crosses the margin; with this estimate and spread about {needed} seeds decide it."
-            settle = _command(study, needed, seeds)
+            settle = _with_seeds(command, needed, seeds)
     else:
         reason = f"{family_size} over seeds lies {'inside' if decision.state == 'holds' else 'outside'} the margin."
     if new_examples is not None and new_examples != decision.state:
@@ -479,9 +480,9 @@ def _explain(
     )
 
 
-def _command(study: str, n: int, seeds: Sequence[int]) -> str:
+def _with_seeds(command: str, n: int, seeds: Sequence[int]) -> str:
     first = min(seeds, default=0)
-    return f"fwlora compare study={study} seeds={first}..{max(first + n - 1, max(seeds, default=0))}"
+    return f"{command} seeds={first}..{max(first + n - 1, max(seeds, default=0))}"
 
 
 def _seconds(record: Record) -> dict[str, float]:
