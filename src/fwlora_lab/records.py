@@ -307,8 +307,8 @@ def load_plan(results_dir: str | Path) -> StudyPlan | None:
         return None
     except (OSError, ValidationError) as error:
         raise UserError(
-            f"{file}: not a study's plan of this version ({str(error).splitlines()[0]}). Delete it, and `fwlora compare` "
-            "writes it anew."
+            f"{file}: not a study's plan of this version ({str(error).splitlines()[0]}). Delete it, and "
+            "`fwlora compare` writes it anew."
         ) from error
 
 
