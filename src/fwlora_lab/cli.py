@@ -1,4 +1,4 @@
-"""The command line: `fwlora train | search | validate | generate | demo | doctor`.
+"""The command line: `fwlora generate | validate | train | search | compare | report | bench | demo | doctor`.
 
 Whatever a person got wrong ends in one message on standard error and exit code 2, never in a traceback. Exit code
 1 says that runs failed, 130 that Ctrl-C stopped the work.
@@ -19,6 +19,7 @@ from fwlora_lab.errors import UserError
 
 if TYPE_CHECKING:
     from fwlora_lab.records import Record
+    from fwlora_lab.study import Plan
     from fwlora_lab.train import Planned
 
 _ABOUT = """\
@@ -68,6 +69,27 @@ words of this command (all others are keys of the run config):
   workers=N                      processes that share the study
   hydra/launcher=NAME            what starts them: joblib, submitit_local, submitit_slurm
   hydra.launcher.KEY=VALUE       the launcher's settings
+"""
+
+
+_COMPARE = """\
+A study trains methods x budgets x tasks x seeds and ends in a page with verdicts. It can be stopped and started
+again: it does only what is missing, and refuses records that were made with another config or other data.
+
+  fwlora compare study=demo
+  fwlora compare study=offline dataset.root=DIR_WITH_GLUE --dry-run       the runs, and how long they will take
+  fwlora compare study=offline dataset.root=DIR_WITH_GLUE seeds=0..9 --jobs 2
+  fwlora compare study=offline dataset.root=DIR_WITH_GLUE tasks=cola methods=lora,fw_lora budgets=0.1,0.2,0.5
+  fwlora compare study=my-study.yaml
+
+packaged studies: {studies}
+
+words of this command (all others are keys of the run config, for every run):
+  study=NAME                  the study, or a .yaml file like those in the packaged tree conf/study
+  seeds=0..9                  training seeds; more of them continue a study
+  tasks= methods= budgets=    a part of the study's
+  selection.policy=           fixed (the configs' values) or tuned (equally many trials for every method)
+  selection.n_trials=N        trials for each method, task and budget
 """
 
 
@@ -122,6 +144,18 @@ def _parser() -> argparse.ArgumentParser:
     search.add_argument("words", nargs="*", metavar="KEY=VALUE", help="overrides, as Hydra writes them")
     search.add_argument("--config-dir", metavar="DIR", help="a tree with run configs of your own")
     search.set_defaults(command=_search)
+
+    compare = commands.add_parser(
+        "compare",
+        help="train a study: methods x budgets x tasks x seeds, and judge its claims",
+        usage="fwlora compare study=NAME [seeds=0..9] [KEY=VALUE ...] [--jobs N] [--dry-run]",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    compare.format_help = lambda: _compare_help(compare)  # type: ignore[method-assign]
+    compare.add_argument("words", nargs="*", metavar="KEY=VALUE", help="overrides, as Hydra writes them")
+    compare.add_argument("--jobs", type=int, default=1, metavar="N", help="processes that train at once (default: 1)")
+    compare.add_argument("--dry-run", action="store_true", help="list the runs and estimate their time, train nothing")
+    compare.set_defaults(command=_compare)
 
     validate = commands.add_parser("validate", help="check run configs without training")
     validate.add_argument("files", nargs="+", metavar="FILE", help="YAML files")
@@ -216,6 +250,10 @@ def _train_and_tell(runs: Sequence[Planned], again: bool) -> int:
     with show(len(runs)) as listen:
         records = train_cohort(runs, listen, again=again)
     print(summary(records))
+    return _tell_failures(records)
+
+
+def _tell_failures(records: Sequence[Record]) -> int:
     failed = [r for r in records if r.status == "failed"]
     for record in failed:
         assert record.error is not None
@@ -248,6 +286,45 @@ def _search(options: argparse.Namespace) -> int:
         raise UserError(f"search needs the package {error.name}: pip install 'fwlora[lab]'") from error
 
     return max([run_search(cfg, int(own.get("workers", "1")), launcher) for cfg in configs])
+
+
+def _compare_help(parser: argparse.ArgumentParser) -> str:
+    from fwlora_lab.study import available_studies
+
+    return f"{argparse.ArgumentParser.format_help(parser)}\n{_COMPARE.format(studies=', '.join(available_studies()))}"
+
+
+def _compare(options: argparse.Namespace) -> int:
+    from fwlora_lab.study import plan_study, read_words
+
+    if options.jobs < 1:
+        raise UserError(f"--jobs {options.jobs}: must be 1 or more.")
+    plan = plan_study(read_words(options.words))
+    return _dry_run(plan) if options.dry_run else _study(plan, options.jobs)
+
+
+def _study(plan: Plan, jobs: int) -> int:
+    from fwlora_lab.report import write_report
+    from fwlora_lab.study import run_study
+
+    records = run_study(plan, jobs)
+    print(f"the page: {write_report(plan.results_dir)}")
+    return _tell_failures(records)
+
+
+def _dry_run(plan: Plan) -> int:
+    from fwlora_lab.study import estimate
+
+    total = 0.0
+    for row in estimate(plan):
+        tuning = f"{row.trials} trials, " if row.trials else ""
+        there = f" ({row.done} are there)" if row.done else ""
+        print(f"{row.cell.name:32s} {tuning}{row.runs} runs{there}: about {row.seconds / 60:.1f} min", flush=True)
+        total += row.seconds
+    print(
+        f"about {total / 60:.0f} minutes in one process, seeds {', '.join(map(str, plan.seeds))}; nothing was trained"
+    )
+    return 0
 
 
 def _validate(options: argparse.Namespace) -> int:

@@ -67,7 +67,7 @@ _PLAIN_FLOAT = re.compile(r"[-+]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][-+]?[0-9]+)?|[-
 _TAGS = {f"tag:yaml.org,2002:{t}" for t in ("str", "int", "float", "bool", "null", "map", "seq")}
 
 
-class _File(NamedTuple):
+class File(NamedTuple):
     """A checked file: its values, and the line of every key path in it."""
 
     values: dict[str, Any]
@@ -85,15 +85,18 @@ def _interpolation_fault(text: str) -> str | None:
     return None
 
 
-def _read_file(path: Path) -> _File:
-    """Read one YAML file of a config tree; the only way in which a config is ever read."""
+def read_file(path: Path, what: str = "run config", first: str = "run_id") -> File:
+    """Read one YAML file of a config tree; the only way in which a config is ever read.
+
+    `what` it is and its `first` key are for the messages.
+    """
     if path.is_dir():
         raise UserError(f"{path}: is a folder: name the .yaml file inside it")
     try:
         size = path.stat().st_size
         if size > MAX_FILE_BYTES:
             raise UserError(
-                f"{path}: is {size:,} bytes, a run config has at most {MAX_FILE_BYTES:,}: is it the right file?"
+                f"{path}: is {size:,} bytes, a {what} has at most {MAX_FILE_BYTES:,}: is it the right file?"
             )
         text = path.read_bytes().decode("utf-8-sig")
     except (FileNotFoundError, NotADirectoryError):
@@ -108,10 +111,10 @@ def _read_file(path: Path) -> _File:
         loader = get_yaml_loader()(text)
         node = loader.get_single_node()
         if node is None:
-            raise UserError(f"{path}: is empty: a run config starts with run_id: <name>")
+            raise UserError(f"{path}: is empty: a {what} starts with {first}: <name>")
         if not isinstance(node, yaml.MappingNode):
             raise UserError(
-                f"{path}:{node.start_mark.line + 1}: must hold keys such as `run_id: <name>` at "
+                f"{path}:{node.start_mark.line + 1}: must hold keys such as `{first}: <name>` at "
                 f"its top, not a {'list' if node.id == 'sequence' else 'single value'}"
             )
         lines, faults = inspect_node(node)
@@ -123,12 +126,12 @@ def _read_file(path: Path) -> _File:
     except yaml.YAMLError as error:
         raise UserError(f"{path}: is not YAML: {str(error).splitlines()[0]}") from None
     except RecursionError:
-        raise UserError(f"{path}: is nested too deeply: a run config has four levels") from None
+        raise UserError(f"{path}: is nested too deeply: a {what} has four levels") from None
     except ValueError as error:
         if isinstance(error, UserError):
             raise
         raise UserError(f"{path}: holds a value that cannot be read: {error}") from None
-    return _File(values, text[:512], lines)
+    return File(values, text[:512], lines)
 
 
 def syntax_message(path: Path, error: yaml.MarkedYAMLError) -> str:
@@ -250,7 +253,7 @@ _GIVEN = "given_run"  # the one run a tree offers to Hydra, whatever its file is
 
 
 class RunTree(ConfigSource):
-    """A config tree as Hydra sees it, read through `_read_file`; its path names the run's file.
+    """A config tree as Hydra sees it, read through `read_file`; its path names the run's file.
 
     The root is the folder above `run/`, or the file's own folder if that is not called `run`.
     """
@@ -292,7 +295,7 @@ class RunTree(ConfigSource):
     def load_config(self, config_path: str) -> ConfigResult:
         path = self._locate(config_path)
         assert path is not None
-        file = _read_file(path)
+        file = read_file(path)
         _check_defaults_list(path, file)
         try:
             header = self._get_header_dict(file.header)
@@ -314,7 +317,7 @@ class RunTree(ConfigSource):
         return sorted(p.stem for p in folder.glob("*.yaml"))
 
 
-def _check_defaults_list(path: Path, file: _File) -> None:
+def _check_defaults_list(path: Path, file: File) -> None:
     """Refuse a `defaults` list that Hydra cannot read, or that would beat the file's own keys."""
     if "defaults" not in file.values:
         return
@@ -465,7 +468,7 @@ def load_run(run: str, overrides: Sequence[str] = (), config_dir: str | None = N
             raise UserError(
                 f"override `{override.input_line}` is a sweep, which needs --multirun; a list goes in brackets, a=[b,c]"
             )
-    source = _read_file(file)  # first, so that its faults come with their lines
+    source = read_file(file)  # first, so that its faults come with their lines
     # Every key of the schema is there from the start, so that `+key=` can only mean its value.
     lines = [
         f"+{text}" if o.is_add() and o.key_or_group in KEYS else text for text, o in zip(overrides, parsed, strict=True)

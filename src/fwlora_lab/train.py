@@ -28,7 +28,7 @@ from torch.nn import functional
 from fwlora_lab.backbones import Backbone, build_classifier, load_backbone
 from fwlora_lab.errors import UserError
 from fwlora_lab.lanes import Lanes, supports
-from fwlora_lab.methods import Arm, build_arm, derive, initial_ranks, lane_settings, plan_adapters
+from fwlora_lab.methods import SPECTRAL, Arm, build_arm, derive, initial_ranks, lane_settings, plan_adapters
 from fwlora_lab.packing import Packed, Shape, pack, pack_shaped, shape_of
 from fwlora_lab.records import (
     BackboneInfo,
@@ -249,6 +249,11 @@ def train_drawn(
         else:
             roomy = [jobs[index], *(job for job in largest if _lane_group(job) == group)]
             cohort.in_lanes(take_like(index, roomy), roomy, patient=True, width=at_once or _LANES[device.type])
+
+
+def lanes_at_once() -> int:
+    """How many runs that can share a backbone train at once on this machine, where its memory allows."""
+    return _LANES[pick_device().type]
 
 
 def pick_device() -> torch.device:
@@ -612,7 +617,7 @@ def _lane_group(job: _Job) -> object | None:
     if job.cfg.training.engine != "lanes" or not supports(job.backbone.config):
         return None
     targets = tuple(job.cfg.model.lora.target_modules)
-    spectral = job.cfg.arm == "adalora"
+    spectral = job.cfg.arm in SPECTRAL
     backbone = (job.backbone.path_or_id, job.backbone.commit, job.cfg.training.mixed_precision)
     return (spectral, backbone, targets, id(job.train), id(job.evaluation))
 
@@ -629,7 +634,7 @@ def _lanes_for(jobs: Sequence[_Job], width: int, device: torch.device) -> Lanes:
     model = build_classifier(jobs[0].backbone, jobs[0].spec, 0).to(device)  # type: ignore[arg-type]
     if jobs[0].cfg.training.mixed_precision == "bf16" and device.type == "cuda":
         model.bfloat16()  # what is trained stays in fp32
-    return Lanes(model, targets, width, highest, spectral=jobs[0].cfg.arm == "adalora")
+    return Lanes(model, targets, width, highest, spectral=jobs[0].cfg.arm in SPECTRAL)
 
 
 def _pack(table: TokenTable, batches: Sequence[Tensor], seats: Sequence[_Seat]) -> Packed:
