@@ -16,7 +16,7 @@ lint: .venv/dev.done
 	$(BIN)/pyright
 
 bench: .venv/dev.done
-	$(BIN)/python benchmarks/step_time.py
+	$(BIN)/fwlora bench
 
 # torch comes first and by its exact version: resolved among the rest it may drag in another build.
 .venv/%.done: pyproject.toml constraints.txt

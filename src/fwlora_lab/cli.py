@@ -179,10 +179,26 @@ def _parser() -> argparse.ArgumentParser:
         "demo",
         help="three methods x three seeds, offline, in minutes",
         description="Trains LoRA, AdaLoRA and FW-LoRA with 3 seeds each on the packaged MiniLM encoder and a small "
-        "synthetic task. Needs no network.",
+        "synthetic task, and ends in a page with verdicts: fwlora compare study=demo. Needs no network.",
     )
-    demo.add_argument("words", nargs="*", metavar="KEY=VALUE", help="overrides, as for train")
+    demo.add_argument("words", nargs="*", metavar="KEY=VALUE", help="overrides, as for compare")
     demo.set_defaults(command=_demo)
+
+    bench = commands.add_parser(
+        "bench",
+        help="what a step costs: this against PEFT and the Trainer, side by side",
+        description="Trains contestants on the same batches, block by block forwards and backwards, and prints the "
+        "ratios of their times with intervals. Runs on the GPU where there is one. Needs no network and no data; about "
+        "a quarter of an hour, or with --quick three minutes on two cores. Nothing else should run meanwhile.",
+    )
+    bench.add_argument("--task", choices=("cola", "sst2"), default="cola", help="whose sentence lengths (cola)")
+    bench.add_argument(
+        "--backbone", choices=("minilm", "roberta-base"), default="minilm", help="roberta-base: its shape"
+    )
+    bench.add_argument("--threads", metavar="N", help="of the CPU (as many as there are cores)")
+    bench.add_argument("--quick", action="store_true", help="fewer blocks, and at most 4 lanes (16 on a GPU)")
+    bench.add_argument("--json", action="store_true", help="one object a ratio and line; the table goes to stderr")
+    bench.set_defaults(command=_bench)
 
     doctor = commands.add_parser("doctor", help="what is installed and can be used here")
     doctor.set_defaults(command=_doctor)
@@ -357,9 +373,10 @@ def _generate(options: argparse.Namespace) -> int:
 
 
 def _demo(options: argparse.Namespace) -> int:
-    options.words = ["run=demo-lora,demo-adalora,demo-fw_lora", "seeds=0..2", *options.words]
-    options.multirun, options.config_dir = False, None
-    return _train(options)
+    from fwlora_lab.study import plan_study, read_words
+
+    # On a few cores two processes of one thread do more than one of two.
+    return _study(plan_study(read_words(["study=demo", *options.words])), jobs=min(2, os.cpu_count() or 1))
 
 
 def _doctor(options: argparse.Namespace) -> int:
