@@ -379,6 +379,15 @@ def _demo(options: argparse.Namespace) -> int:
     return _study(plan_study(read_words(["study=demo", *options.words])), jobs=min(2, os.cpu_count() or 1))
 
 
+def _bench(options: argparse.Namespace) -> int:
+    threads = options.threads
+    if threads is not None and not (threads.isdecimal() and int(threads) > 0):
+        raise UserError(f"--threads {threads}: must be a whole number from 1 on.")
+    from fwlora_lab.bench import bench
+
+    return bench(options.task, options.backbone, int(threads) if threads else None, options.quick, options.json)
+
+
 def _doctor(options: argparse.Namespace) -> int:
     from rich.console import Console
     from rich.table import Table
