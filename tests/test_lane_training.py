@@ -18,7 +18,7 @@ from fwlora_lab.records import Record, load_predictions
 from fwlora_lab.tasks import collate, load_task, tokenize
 from fwlora_lab.train import Note, Planned, RunFailed, train_cohort
 
-METHODS = ["lora", "fw_lora", "adalora"]
+METHODS = ["lora", "fw_lora", "adalora", "svd_lora"]
 
 
 @pytest.fixture

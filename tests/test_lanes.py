@@ -11,6 +11,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from tiny import World as Tiny
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from torch.testing import assert_close
@@ -29,10 +30,12 @@ from transformers import (
 import fwlora
 from fwlora import FWLoraConfig
 from fwlora.shrinkage import NORMS
+from fwlora_lab.backbones import build_classifier, load_backbone
 from fwlora_lab.laneops import ATTENTION
 from fwlora_lab.lanes import Allocation, Lanes, LaneSettings
+from fwlora_lab.methods import build_arm, initial_ranks, lane_settings
 from fwlora_lab.packing import Shape, pack, pack_shaped, shape_of
-from fwlora_lab.tasks import TokenTable, collate
+from fwlora_lab.tasks import TaskSpec, TokenTable, collate
 
 F64 = torch.float64
 TARGETS = ("query", "key", "value", "intermediate.dense", "output.dense")
@@ -434,6 +437,42 @@ def test_an_adalora_lane_is_pefts_adalora(table):
             assert_close(a, layer.lora_A["default"].detach(), rtol=1e-6, atol=1e-8)
             assert_close(b, layer.lora_B["default"].detach(), rtol=1e-6, atol=1e-8)
             assert_close(e, layer.lora_E["default"].detach()[:, 0], rtol=1e-6, atol=1e-8)
+
+
+def test_an_svd_lora_lane_is_the_arm_that_peft_trains(table, tmp_path):
+    """Step for step: the regulariser at two weights, the scale, ranks that differ within a run and among lanes."""
+    tiny = Tiny(tmp_path, dropout=0.0)
+    backbone = load_backbone(tiny.config().model)
+    spec = TaskSpec("two", "classification", ("no", "yes"), 1, ("accuracy",), "accuracy")
+    words = replace(table, tokens=table.tokens % 20)
+    common = {"training__warmup_ratio": 0.2, "training__weight_decay": 0.1, "model__lora__dropout": 0.0}
+    budget = {"model__lora__rank": None, "model__lora__alpha": None}
+    cfgs = [
+        tiny.config("svd_lora", **common, **budget, model__parameter_budget_percent=9.0),
+        tiny.config("svd_lora", **common, model__lora__rank=3, model__lora__alpha=2.0, adalora__orth_reg_weight=0.1),
+    ]
+    arms = [build_arm(cfg, backbone, spec, i, 30) for i, cfg in enumerate(cfgs)]
+    assert len(set(initial_ranks(cfgs[0], backbone, 30).values())) == 2
+    engine = Lanes(build_classifier(backbone, spec, 9).double(), list(arms[0].adapters()), 2, 3, spectral=True)
+    for i, (cfg, arm) in enumerate(zip(cfgs, arms, strict=True)):
+        arm.model.double().train()
+        engine.admit(lane_settings(cfg, arm, i, 30), arm.adapters(), arm.head())
+    for step in range(30):
+        rates = [arm.learning_rate(step) for arm in arms]
+        batches = [batch_of(words, i, step) for i in range(2)]
+        assert [engine.phase(i) for i in range(2)] == ["steady"] * 2
+        losses = engine.step(pack(words, batches, F64), rates)
+        for i, arm in enumerate(arms):
+            loss = arm.model(**collate(words, batches[i], 0, "longest", 64)).loss
+            assert_close(losses[i], loss.detach(), rtol=1e-9, atol=0)
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(arm.trainable, 1.0)
+            arm.optimizer.step()
+            arm.scheduler.step()
+            arm.optimizer.zero_grad()
+            for name, factors in arm.adapters().items():
+                for mine, pefts in zip(engine.adapters(i)[name], factors, strict=True):
+                    assert_close(mine, pefts, rtol=1e-7, atol=1e-9)
 
 
 # One shape for all batches, as a graph of GPU launches needs it

@@ -18,19 +18,22 @@ import fwlora
 from fwlora_lab.backbones import Backbone, load_backbone
 from fwlora_lab.errors import UserError
 from fwlora_lab.methods import (
+    SPECTRAL,
     AdaLoraArm,
     Arm,
     FWLoraArm,
+    SvdLoraArm,
     build_arm,
     derive,
     fw_config,
+    lane_settings,
     plan_adapters,
 )
 from fwlora_lab.runconfig import FWLoraSettings, RunConfig
 from fwlora_lab.tasks import TaskSpec
 
 SPEC = TaskSpec("two", "classification", ("no", "yes"), 1, ("accuracy",), "accuracy")
-METHODS = ["lora", "fw_lora", "adalora"]
+METHODS = ["lora", "fw_lora", "adalora", "svd_lora"]
 # Rank 1 on all of the tiny BERT's matrices: 2 layers of 3·(16 + 16) and 2·(16 + 32).
 UNIT = 2 * (3 * 32 + 2 * 48)
 
@@ -204,7 +207,7 @@ def test_the_update_norm_is_that_of_the_product(world: World, backbone: Backbone
     for name, norm in got.items():
         layer = layers[name]
         a, b = layer.lora_A["default"], layer.lora_B["default"]
-        if method == "adalora":
+        if method in SPECTRAL:
             delta = 2.0 * b @ torch.diag(layer.lora_E["default"][:, 0]) @ a
         else:
             delta = 2.0 * b.weight @ a.weight
@@ -308,3 +311,91 @@ def test_adaloras_divisor_is_no_parameter(world: World, backbone: Backbone) -> N
     named = dict(arm.model.named_parameters())
     divisors = [p for name, p in named.items() if "ranknum" in name]
     assert divisors and not any(p.requires_grad for p in divisors)
+
+
+# SVD-LoRA: AdaLoRA's parametrisation, plain LoRA's ranks
+
+
+def budgeted(world: World, backbone: Backbone, method: str, units: float, **changes: object) -> RunConfig:
+    percent = 100 * units * UNIT / backbone.parameters
+    budget = {"model__parameter_budget_percent": percent, "model__lora__rank": None, "model__lora__alpha": None}
+    return world.config(method, **budget, **changes)
+
+
+@pytest.mark.parametrize("units", [0.5, 1.4, 2.001])
+def test_svd_lora_has_plain_loras_ranks_and_one_parameter_a_rank_more(
+    world: World, backbone: Backbone, units: float
+) -> None:
+    arm = build(budgeted(world, backbone, "svd_lora", units), backbone)
+    plain = build(budgeted(world, backbone, "lora", units), backbone)
+    assert isinstance(arm, SvdLoraArm)
+    ranks = {row.name: row.rank for row in plain.report()}
+    assert {row.name: row.rank for row in arm.report()} == ranks
+    assert {0.5: len(ranks) < 10, 1.4: set(ranks.values()) == {1, 2}, 2.001: set(ranks.values()) == {2}}[units]
+    counts, without = arm.parameters(), plain.parameters()
+    assert counts.adapters == counts.adapters_trained == without.adapters + sum(ranks.values())
+    assert counts.head == without.head and counts.backbone == without.backbone
+    trained = [p for group in arm.optimizer.param_groups for p in group["params"]]
+    assert sum(p.numel() for p in trained) == counts.adapters + counts.head, "all is trained, and nothing else"
+    for name, (a, b, spectrum) in arm.adapters().items():
+        assert a.shape[0] == b.shape[1] == spectrum.shape[0] == ranks[name]
+        assert not spectrum.any() and a.any() and b.any(), "the update is zero at first through Λ alone"
+
+
+def test_svd_loras_scale_is_exactly_s_at_every_rank(world: World, backbone: Backbone) -> None:
+    arm = build(budgeted(world, backbone, "svd_lora", 1.4), backbone)
+    arm.model.double().eval()
+    layers = dict(arm.model.base_model.model.named_modules())  # type: ignore[operator]
+    for name, (a, b, spectrum) in arm.adapters().items():
+        spectrum.copy_(torch.tensor([0.7, -0.4][: len(spectrum)]))
+        layer = layers[name]
+        x = torch.linspace(-1, 1, a.shape[1], dtype=torch.float64)[None]
+        got = layer(x) - layer.base_layer(x)
+        torch.testing.assert_close(got, 2.0 * x @ (b @ torch.diag(spectrum) @ a).T, rtol=1e-12, atol=1e-14)
+
+
+def test_svd_loras_loss_carries_the_orthogonality_of_every_factor(world: World, backbone: Backbone) -> None:
+    """`w·mean(‖AAᵀ − I‖_F, ‖BᵀB − I‖_F)` with w = adalora.orth_reg_weight, each I of its matrix's own rank."""
+    arm = build(budgeted(world, backbone, "svd_lora", 1.4, adalora__orth_reg_weight=0.25), backbone)
+    arm.model.eval()
+    inputs = batch()
+    out = arm.model(**inputs)
+    task = torch.nn.functional.cross_entropy(out.logits, inputs["labels"])
+    norms = []
+    for a, b, _ in arm.adapters().values():
+        norms += [float((gram - torch.eye(len(gram))).norm()) for gram in (a @ a.T, b.T @ b)]
+    assert len(norms) == 20
+    assert float((out.loss - task).detach()) == pytest.approx(0.25 * sum(norms) / 20, rel=1e-4)
+    settings = lane_settings(arm_config := budgeted(world, backbone, "svd_lora", 1.4), arm, 1, 20)
+    assert settings.ada is not None and settings.ada.orth_reg_weight == arm_config.adalora.orth_reg_weight == 0.5
+
+
+def test_svd_lora_never_prunes(world: World, backbone: Backbone) -> None:
+    arm = build(budgeted(world, backbone, "svd_lora", 1.4), backbone, steps=50)
+    before = {name: a.shape[0] for name, (a, _, _) in arm.adapters().items()}
+    for _ in range(50):
+        assert arm.phase() == "steady"
+        train(arm, 1)
+    assert {row.name: row.rank for row in arm.report()} == before
+    assert all(spectrum.all() for _, _, spectrum in arm.adapters().values()), "no λ was set to zero"
+    divisors = [p for name, p in arm.model.named_parameters() if "ranknum" in name]
+    assert divisors and not any(p.requires_grad for p in divisors)
+    assert sorted(float(p) for p in divisors) == sorted(before.values())
+
+
+def test_svd_lora_is_written_as_plain_lora(world: World, backbone: Backbone, tmp_path: Path) -> None:
+    arm = build(budgeted(world, backbone, "svd_lora", 1.4), backbone)
+    train(arm, 10)
+    arm.export(tmp_path / "adapter")
+    written = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
+    assert written["peft_type"] == "LORA" and written["r"] == 2 and written["lora_alpha"] == 4
+    base = AutoModelForSequenceClassification.from_pretrained(world.backbone, num_labels=2)
+    loaded = PeftModel.from_pretrained(base, str(tmp_path / "adapter"))
+    for name, (a, b, spectrum) in arm.adapters().items():
+        layer = loaded.base_model.model.get_submodule(name)  # type: ignore[operator]
+        assert layer.scaling["default"] == 2.0
+        torch.testing.assert_close(layer.lora_A["default"].weight.data, a, rtol=0, atol=0)
+        torch.testing.assert_close(layer.lora_B["default"].weight.data, b * spectrum, rtol=1e-6, atol=0)
+    arm.export(tmp_path / "again")
+    for file in ("adapter_config.json", "adapter_model.safetensors"):
+        assert (tmp_path / "again" / file).read_bytes() == (tmp_path / "adapter" / file).read_bytes()

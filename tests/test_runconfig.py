@@ -31,6 +31,7 @@ from fwlora_lab.runconfig import (
     RunConfig,
     check_warmup,
     fingerprint,
+    reads,
     search_key,
     to_yaml,
     warnings_of,
@@ -382,6 +383,21 @@ def test_settings_without_effect_are_warned_of_and_leave_the_fingerprint(run, ov
     (warning,) = warnings_of(changed)
     assert says in warning
     assert fingerprint(plain) == fingerprint(changed)
+
+
+def test_svd_lora_reads_adaloras_regulariser_and_nothing_of_its_schedule():
+    plain = load_run("demo-adalora", ["method=svd_lora"])
+    assert plain.arm == "svd_lora" and warnings_of(plain) == []
+    for key in (k for k in KEYS if k.startswith(("adalora.", "fw_lora."))):
+        assert reads("svd_lora", key) == (key == "adalora.orth_reg_weight")
+    other = load_run("demo-adalora", ["method=svd_lora", "adalora.tinit_ratio=0.3", "adalora.init_rank_factor=3.0"])
+    assert [w.split(" is ")[0] for w in warnings_of(other)] == [
+        "adalora.init_rank_factor = 3.0",
+        "adalora.tinit_ratio = 0.3",
+    ]
+    assert fingerprint(other) == fingerprint(plain) != fingerprint(load_run("demo-adalora"))
+    stronger = load_run("demo-adalora", ["method=svd_lora", "adalora.orth_reg_weight=0.1"])
+    assert warnings_of(stronger) == [] and fingerprint(stronger) != fingerprint(plain)
 
 
 def test_searching_what_is_ignored_is_warned_of():

@@ -2,12 +2,13 @@
 
 from typing import TYPE_CHECKING, Any
 
+from fwlora.export import export_adapter
 from fwlora.method import FisherWeightedLoRA, FWLoraConfig, attach
 
 if TYPE_CHECKING:
     from fwlora.trainer import FWLoraCallback
 
-__all__ = ["FWLoraCallback", "FWLoraConfig", "FisherWeightedLoRA", "attach"]
+__all__ = ["FWLoraCallback", "FWLoraConfig", "FisherWeightedLoRA", "attach", "export_adapter"]
 
 
 def __getattr__(name: str) -> Any:

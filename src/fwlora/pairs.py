@@ -55,16 +55,18 @@ def find_targets(model: nn.Module) -> list[Target]:
     Raises:
         ValueError: no such matrix, or a kind of adapter for which ΔW is not s·B·A of a Linear layer.
     """
-    _refuse_splitting_inits(model)
+    refuse_splitting_inits(model)
     targets = []
     seen_layer = False
     for name, module in model.named_modules():
         if not isinstance(module, LoraLayer):
             continue
         seen_layer = True
-        pairs = tuple(_pair(name, module, adapter) for adapter in module.active_adapters if _trainable(module, adapter))
+        pairs = tuple(
+            pair_of(name, module, adapter) for adapter in module.active_adapters if _trainable(module, adapter)
+        )
         if pairs:
-            targets.append(Target(_bare(name), cast(nn.Module, module), pairs))
+            targets.append(Target(bare_name(name), cast(nn.Module, module), pairs))
     if targets:
         return targets
     if seen_layer:
@@ -78,7 +80,7 @@ def find_targets(model: nn.Module) -> list[Target]:
     )
 
 
-def _bare(name: str) -> str:
+def bare_name(name: str) -> str:
     """The module's name in the model that the user knows, without the wrappers' prefixes."""
     while (bare := re.sub(r"^(module|_orig_mod|base_model\.model)\.", "", name)) != name:
         name = bare
@@ -94,9 +96,9 @@ def _parameters(item: nn.Module | nn.Parameter) -> list[nn.Parameter]:
     return [item] if isinstance(item, nn.Parameter) else list(item.parameters())
 
 
-def _pair(name: str, layer: LoraLayer, adapter: str) -> Pair:
+def pair_of(name: str, layer: LoraLayer, adapter: str) -> Pair:
     def refuse(cause: str, cure: str) -> ValueError:
-        return ValueError(f"fwlora cannot weigh {_bare(name)!r} (adapter {adapter!r}): {cause}. {cure}")
+        return ValueError(f"fwlora cannot work with {bare_name(name)!r} (adapter {adapter!r}): {cause}. {cure}")
 
     if isinstance(layer, Embedding) or adapter in layer.lora_embedding_A:
         raise refuse(
@@ -137,7 +139,7 @@ def _pair(name: str, layer: LoraLayer, adapter: str) -> Pair:
     return Pair(layer, adapter, a, b)
 
 
-def _refuse_splitting_inits(model: nn.Module) -> None:
+def refuse_splitting_inits(model: nn.Module) -> None:
     for module in model.modules():
         if not isinstance(module, BaseTuner):
             continue
@@ -145,7 +147,7 @@ def _refuse_splitting_inits(model: nn.Module) -> None:
             init = getattr(config, "init_lora_weights", None)
             if isinstance(init, str) and init.lower().startswith(_SPLITTING_INITS):
                 raise ValueError(
-                    f"fwlora cannot weigh adapter {adapter!r}: init_lora_weights={init!r} moves a part of the "
+                    f"fwlora cannot work with adapter {adapter!r}: init_lora_weights={init!r} moves a part of the "
                     "frozen weight into B·A, so that s·B·A is not the change of the weight. "
                     "Use init_lora_weights=True or 'gaussian'."
                 )

@@ -36,6 +36,7 @@ from fwlora_lab.runconfig import (
     issues_of,
     listing,
     nearest,
+    reads,
     schema_defaults,
     search_key,
 )
@@ -428,8 +429,7 @@ class _Draft:
         return self.values[key].value if key in self.values else get_key(_DEFAULTS, key)
 
     def applies(self, key: str) -> bool:
-        block = key.split(".")[0]
-        return block not in ("fw_lora", "adalora") or block == self.arm
+        return reads(self.arm, key)
 
 
 _DEFAULTS = schema_defaults()
@@ -593,7 +593,7 @@ class _Plan:
     ) -> _Draft:
         role, method_key, method, arm = self.methods[which]
         model = self.models[model_at]
-        name = {"lora": "baseline_lora", "adalora": "baseline_adalora", "fw_lora": "proposed_fw_lora"}[arm]
+        name = {"lora": "baseline_lora", "adalora": "baseline_adalora", "fw_lora": "proposed_fw_lora"}.get(arm, arm)
         if role == "proposed" and arm != "fw_lora" or role != "proposed" and arm == "fw_lora":
             name = arm
         label = f"{role} on {model.name} and {_label(self.design.datasets[data_at])}"

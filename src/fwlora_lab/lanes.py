@@ -42,7 +42,8 @@ class Allocation:
 
     AdaLoRA (arXiv 2303.10512) trains ΔW = s·B·diag(Λ)·A with A and B held near orthogonal, scores each (row of A,
     λ, column of B) by a smoothed |w·∇w| times its uncertainty, and sets the λ of the least ones to zero on a
-    budget that falls with the cube of the remaining time.
+    budget that falls with the cube of the remaining time. With tinit = tfinal = total_steps nothing is ever scored or
+    masked: that is SVD-LoRA.
     """
 
     final: int
@@ -746,7 +747,7 @@ class Lanes:
     def phase(self, lane: int) -> str:
         """The part of its run that the lane's next step belongs to, as the methods name them."""
         settings, step = self.lanes[lane].settings, self.lanes[lane].step
-        if settings.ada is not None:
+        if settings.ada is not None and settings.ada.tinit < settings.ada.total_steps:
             if step < settings.ada.tinit:
                 return "initial"
             return "allocating" if step < settings.ada.total_steps - settings.ada.tfinal else "final"

@@ -32,6 +32,8 @@ from fwlora_lab.records import MatrixRow, Parameters
 from fwlora_lab.runconfig import FWLoraSettings, RunConfig
 from fwlora_lab.tasks import TaskSpec
 
+SPECTRAL = ("adalora", "svd_lora")  # arms with a Λ between B and A
+
 
 def derive(seed: int, purpose: str) -> int:
     """A seed of its own for each use of randomness in a run: using one never shifts another."""
@@ -208,7 +210,39 @@ class FWLoraArm(Arm):
         ]
 
 
-class AdaLoraArm(Arm):
+class _SpectralArm(Arm):
+    """`ΔW = s·B·diag(Λ)·A` on PEFT's AdaLoRA layers, with a pull towards orthogonal A and B in the loss."""
+
+    def adapters(self) -> dict[str, tuple[torch.Tensor, ...]]:
+        """A [r, d_in], B [d_out, r] and Λ [r] by matrix, to be read or written in place."""
+        return {
+            name: tuple(
+                cast(nn.ParameterDict, f)["default"].data.squeeze(-1)
+                if f is layer.lora_E  # type: ignore
+                else cast(nn.ParameterDict, f)["default"].data
+                for f in (layer.lora_A, layer.lora_B, layer.lora_E)  # type: ignore
+            )
+            for name, layer in _layers(self.model)
+        }
+
+
+class SvdLoraArm(_SpectralArm):
+    """AdaLoRA's parametrisation and regulariser on plain LoRA's ranks, which stay as they are.
+
+    The control that tells AdaLoRA's allocation from its parametrisation (SVD-LoRA in arXiv 2303.10512).
+    A rank has d_in + d_out + 1 parameters, so the run holds one parameter a rank more than plain LoRA of the budget.
+    """
+
+    def __init__(self, cfg: RunConfig, backbone: Backbone, model: PeftModel, total_steps: int) -> None:
+        super().__init__(cfg, backbone, model, total_steps)
+        self._scale = cfg.model.lora.scale
+
+    def export(self, path: Path) -> None:
+        """Write adapter and head as a plain LoRA adapter with `B' = B·diag(Λ)`."""
+        fwlora.export_adapter(self.model, path, scale=self._scale)
+
+
+class AdaLoraArm(_SpectralArm):
     """PEFT's AdaLoRA with its rank schedule scaled to the run.
 
     The budget that is left at the end is counted in ranks, as AdaLoRA counts it: the average rank
@@ -223,18 +257,6 @@ class AdaLoraArm(Arm):
         self._tuner.rankallocator.target_bgt = self.final_ranks = ranks
         self._step = 0
         self.optimizer.register_step_post_hook(self._allocate)
-
-    def adapters(self) -> dict[str, tuple[torch.Tensor, ...]]:
-        """A [r, d_in], B [d_out, r] and Λ [r] by matrix, to be read or written in place."""
-        return {
-            name: tuple(
-                cast(nn.ParameterDict, f)["default"].data.squeeze(-1)
-                if f is layer.lora_E  # type: ignore
-                else cast(nn.ParameterDict, f)["default"].data
-                for f in (layer.lora_A, layer.lora_B, layer.lora_E)  # type: ignore
-            )
-            for name, layer in _layers(self.model)
-        }
 
     def phase(self) -> str:
         config = cast(AdaLoraConfig, self.model.peft_config["default"])
@@ -280,6 +302,8 @@ def build_arm(
         "modules_to_save": list(head_modules(model)),
     }
     torch.manual_seed(derive(seed, "adapters"))
+    if cfg.arm == "svd_lora":
+        return SvdLoraArm(cfg, backbone, _svd_model(model, cfg, plan, common, device), total_steps)
     if cfg.arm == "adalora":
         allocation = _allocation(cfg, plan, total_steps)
         peft_model = _wrap(model, _adalora_config(cfg, plan, allocation, total_steps, common), device)
@@ -327,6 +351,17 @@ def lane_settings(cfg: RunConfig, arm: Arm, seed: int, total_steps: int) -> Lane
             beta1=config.beta1,
             beta2=config.beta2,
             orth_reg_weight=config.orth_reg_weight,
+            total_steps=total_steps,
+        )
+    elif isinstance(arm, SvdLoraArm):
+        ada = Allocation(
+            final=sum(ranks.values()),
+            tinit=total_steps,
+            tfinal=total_steps,
+            delta_t=1,
+            beta1=0.0,
+            beta2=0.0,
+            orth_reg_weight=cfg.adalora.orth_reg_weight,
             total_steps=total_steps,
         )
     return LaneSettings(
@@ -394,6 +429,33 @@ def _adalora_config(
         beta2=cfg.adalora.beta2,
         orth_reg_weight=cfg.adalora.orth_reg_weight,
     )
+
+
+def _svd_model(
+    model: nn.Module, cfg: RunConfig, plan: AdapterPlan, common: Mapping[str, Any], device: torch.device | str
+) -> PeftModel:
+    """PEFT's AdaLoRA layers, each with its matrix's own rank at scale s; nobody steps the rank allocator."""
+    lora = lora_kwargs(plan.pattern, plan.scale)
+
+    def alpha(rank: int) -> float:
+        return plan.scale * (rank + 1e-5)  # PEFT divides by this
+
+    config = AdaLoraConfig(
+        **common,
+        target_modules=lora["target_modules"],
+        exclude_modules=lora.get("exclude_modules"),
+        init_r=lora["r"],
+        lora_alpha=alpha(lora["r"]),  # type: ignore[arg-type]
+        total_step=1,  # demanded, and read by the allocator only
+        orth_reg_weight=cfg.adalora.orth_reg_weight,
+    )
+    peft_model = _wrap(model, config, device)
+    for name, layer in _layers(peft_model):
+        rank = plan.pattern[name]
+        if rank != layer.r["default"]:
+            layer.update_layer("default", rank, lora_alpha=alpha(rank), config=config)  # type: ignore[arg-type]
+    _freeze_ranknum(peft_model)
+    return peft_model
 
 
 def _wrap(model: nn.Module, config: LoraConfig, device: torch.device | str) -> PeftModel:

@@ -28,7 +28,7 @@ from pydantic import (
 
 from fwlora_lab.errors import UserError
 
-Arm = Literal["lora", "adalora", "fw_lora"]
+Arm = Literal["lora", "adalora", "fw_lora", "svd_lora"]
 METHODS: dict[str, Arm] = {
     "lora": "lora",
     "baseline_lora": "lora",
@@ -36,6 +36,7 @@ METHODS: dict[str, Arm] = {
     "baseline_adalora": "adalora",
     "fw_lora": "fw_lora",
     "proposed_fw_lora": "fw_lora",
+    "svd_lora": "svd_lora",
 }
 GLUE_SUBSETS = ("cola", "sst2", "mrpc", "qqp", "stsb", "mnli", "qnli", "rte", "wnli")
 GLUE_DEV_SPLITS = ("validation", "validation_matched", "validation_mismatched")
@@ -209,7 +210,10 @@ class FWLoraSettings(_Block):
 
 
 class AdaLoraSettings(_Block):
-    """PEFT's AdaLoRA; in shares of the run, it prunes from tinit on until tfinal before the end."""
+    """PEFT's AdaLoRA; in shares of the run, it prunes from tinit on until tfinal before the end.
+
+    Of these, svd_lora reads orth_reg_weight alone: it keeps the ranks that it begins with.
+    """
 
     init_rank_factor: Annotated[float, Field(gt=1)] = 1.5
     tinit_ratio: Annotated[float, Field(ge=0, lt=1)] = 0.12
@@ -737,6 +741,14 @@ def fingerprint(cfg: RunConfig) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
+def reads(arm: Arm, key: str) -> bool:
+    """Whether this method looks at the key; only the methods' own blocks are not for all of them."""
+    block = key.split(".")[0]
+    if arm == "svd_lora" and block == "adalora":
+        return key == "adalora.orth_reg_weight"
+    return block not in ("fw_lora", "adalora") or block == arm
+
+
 def _ignored(cfg: RunConfig) -> list[tuple[str, str]]:
     """Every key that has no effect in this run, and why."""
     found: list[tuple[str, str]] = []
@@ -745,9 +757,7 @@ def _ignored(cfg: RunConfig) -> list[tuple[str, str]]:
         found.extend((key, why) for key in keys)
 
     fw, data = cfg.fw_lora, cfg.dataset
-    for block in ("fw_lora", "adalora"):
-        if cfg.arm != block:
-            ignore((k for k in LEAVES if k.startswith(f"{block}.")), f"method is {cfg.method}")
+    ignore((k for k in LEAVES if not reads(cfg.arm, k)), f"method is {cfg.method}")
     if cfg.arm == "fw_lora":
         if fw.weighting != "power":
             ignore(["fw_lora.gamma", "fw_lora.clip"], f"fw_lora.weighting is {fw.weighting}, not power")
