@@ -175,6 +175,16 @@ def _parser() -> argparse.ArgumentParser:
     generate.add_argument("--schema", action="store_true", help="print the JSON Schema of a design and exit")
     generate.set_defaults(command=_generate)
 
+    report = commands.add_parser(
+        "report",
+        help="write one page about a folder of results",
+        description="Writes RESULTS_DIR/report.html, one file that opens from disk and loads nothing, and beside it "
+        "report.md, CSV and LaTeX tables, comparison/aggregated_metrics.json and a model card for each kept adapter. "
+        "Reads records only: nothing is trained, and runs that are missing, failed or in training are told.",
+    )
+    report.add_argument("results_dir", metavar="RESULTS_DIR", help="the results_dir of a study or of runs")
+    report.set_defaults(command=_report)
+
     demo = commands.add_parser(
         "demo",
         help="three methods x three seeds, offline, in minutes",
@@ -370,6 +380,16 @@ def _generate(options: argparse.Namespace) -> int:
     if options.source is None:
         raise UserError("say what to read: fwlora generate SOURCE; `fwlora generate --help` says which files it knows.")
     return generate(options.source, options.out, options.json, options.check)
+
+
+def _report(options: argparse.Namespace) -> int:
+    try:
+        from fwlora_lab.report import write_report
+    except ModuleNotFoundError as error:
+        raise UserError(f"report needs the package {error.name}: pip install 'fwlora[lab]'") from error
+
+    print(f"report: {write_report(options.results_dir)}")
+    return 0
 
 
 def _demo(options: argparse.Namespace) -> int:
