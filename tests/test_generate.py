@@ -19,18 +19,11 @@ from ruamel.yaml import YAML
 
 from fwlora_lab.compose import available_runs, find_run, validate_file
 from fwlora_lab.errors import UserError
-from fwlora_lab.generate import (
-    ENCODERS,
-    _arm_of,
-    _in_line,
-    _slug,
-    _subset,
-    generate,
-    generate_configs,
-    parse_space,
-)
+from fwlora_lab.generate import _in_line, generate, generate_configs
+from fwlora_lab.names import ENCODERS, arm_of, slug, subset_of
 from fwlora_lab.request import ExperimentDesign, Request, read_request
 from fwlora_lab.runconfig import RunConfig, get_key
+from fwlora_lab.spaces import parse_space
 
 PROPOSED = "proposed-roberta-base-110M--SST-2-GLUE"
 COMPARATIVE = "comparative-1-roberta-base-110M--SST-2-GLUE"
@@ -128,10 +121,10 @@ def test_names_of_methods_data_and_runs():
         "LoRA+": None,
         "FW-LoRA without warm-up": None,
     }.items():
-        assert _arm_of(text) == arm, text
+        assert arm_of(text) == arm, text
     for text, subset in {"SST-2 (GLUE)": "sst2", "GLUE (CoLA)": "cola", "glue/mrpc": "mrpc", "imdb": None}.items():
-        assert _subset(text) == subset
-    assert _slug(["proposed", "roberta-base (110M)", "SST-2 (GLUE)"]) == PROPOSED
+        assert subset_of(text) == subset
+    assert slug(["proposed", "roberta-base (110M)", "SST-2 (GLUE)"]) == PROPOSED
 
 
 def test_sizes_of_the_known_encoders():
