@@ -12,7 +12,6 @@ results_dir/
 
 from __future__ import annotations
 
-import contextlib
 import multiprocessing
 import os
 import shlex
@@ -535,12 +534,12 @@ def estimate(plan: Plan) -> Iterator[Estimate]:
         runs = len(plan.seeds) - done
         seconds = 0.0
         if runs or trials:
-            seconds = (runs + trials) * _seconds_of_a_run(cell.cfg, len(task.train), plan.seeds)
+            seconds = (runs + trials) * _seconds_of_a_run(cell.cfg, len(task.train), plan.seeds[0])
         yield Estimate(cell, done, runs, trials, seconds)
 
 
-def _seconds_of_a_run(cfg: RunConfig, examples: int, seeds: Sequence[int]) -> float:
-    """From the same run over a few batches, with as many neighbours as it will have."""
+def _seconds_of_a_run(cfg: RunConfig, examples: int, seed: int) -> float:
+    """From the same run over a few batches, alone: on a CPU neighbours hardly change its share, on a GPU it is less."""
     training = cfg.training
     per_step = training.batch_size * training.gradient_accumulation_steps
     steps = -(-examples // per_step) * training.epochs
@@ -558,16 +557,14 @@ def _seconds_of_a_run(cfg: RunConfig, examples: int, seeds: Sequence[int]) -> fl
             fisher = k if isinstance(k, int) else max(1, round(k * steps))
             changes |= {"fw_lora.warmup_steps": 0.5, "fw_lora.start": 0}
         probe = with_values(cfg, changes)
-        seeds = list(seeds)[: lanes_at_once()]
-        with contextlib.redirect_stderr(None):
-            records = train_cohort([Planned(probe, seed) for seed in seeds])
-    if records[0].times is None or records[0].error is not None:
-        message = records[0].error.message if records[0].error else "no time was recorded"
+        (record,) = train_cohort([Planned(probe, seed)])
+    if record.times is None or record.error is not None:
+        message = record.error.message if record.error else "no time was recorded"
         raise UserError(f"{cfg.run_id}: the probe failed: {message}")
-    times = records[0].times
-    of_fisher = round(0.5 * records[0].steps) if fisher else 0
+    times = record.times
+    of_fisher = round(0.5 * record.steps) if fisher else 0
     seconds = times.eval_seconds * training.epochs
-    seconds += times.steady_seconds / max(1, records[0].steps - of_fisher) * (steps - fisher)
+    seconds += times.steady_seconds / max(1, record.steps - of_fisher) * (steps - fisher)
     if of_fisher:
         seconds += times.fisher_seconds / of_fisher * fisher
     return seconds
