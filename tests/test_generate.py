@@ -179,11 +179,12 @@ def test_what_is_stated_wins_and_has_no_comment():
     assert "  epochs: 2" in lines and "    rank: 4" in lines and "  weight_decay: 0.02" in lines
     assert "  batch_size: 8  # hypothesis, in prose" in lines
     assert "  learning_rate: 0.001  # hypothesis, in prose" in lines
+    assert "run_id: proposed-roberta-base-SST-2  # from the method, the model and the data set" in lines
     assert "    alpha: 8  # twice the rank, LoRA's custom" in lines
     assert "  max_length: 128  # convention of the task" in lines
     assert "  fisher_alpha: 0.98  # default of FW-LoRA" in lines
     assert "  batch_size: 64" in second.splitlines() and "fw_lora:" not in second
-    stated = {"run_id:", "method:", "name:", "pretrained_id:", "subset:", "epochs:", "rank:", "weight_decay:"}
+    stated = {"method:", "name:", "pretrained_id:", "subset:", "epochs:", "rank:", "weight_decay:"}
     for line in lines[1:]:
         key, value = line.split(maxsplit=1) if " " in line.strip() else (line.strip(), "")
         assert not value or "  # " in line or key in stated, line
@@ -204,6 +205,23 @@ def test_given_runs_keep_their_ids_letter_for_letter():
     assert (first["run_id"], first["method"]) == ("My.Run=1--x", "baseline_lora")
     assert first["model"]["parameter_budget_percent"] == 0.5 and first["model"]["lora"]["rank"] is None
     assert (second["run_id"], second["training"]["seed"]) == ("proposed-roberta-base-SST-2", 7)
+
+
+def test_a_run_may_leave_out_what_the_design_has_once():
+    (only,) = configs(runs=[{"method": "proposed"}])
+    assert only["run_id"] == "proposed-roberta-base-SST-2"
+    with pytest.raises(UserError, match=r"runs\[0\].model: is missing, and the design has 2"):
+        configs(runs=[{"method": "proposed"}], models=["a", "b"])
+
+
+def test_an_example_config_with_a_list_of_search_spaces():
+    spaces = [{"param_name": "learning_rate", "distribution_type": "loguniform", "low": 1e-5, "high": 1e-2}]
+    example = {"optuna": {"n_trials": 7, "search_spaces": spaces}}
+    request = Request("d", ExperimentDesign.model_validate(DESIGN), examples={"proposed-roberta-base-SST-2": example})
+    for text in generate_configs(request).configs.values():
+        optuna = yaml.safe_load(text)["optuna"]
+        assert optuna["n_trials"] == 7
+        assert optuna["search_space"] == {"learning_rate": {"type": "loguniform", "low": 1e-5, "high": 1e-2}}
 
 
 def test_csv_data_and_models_of_ones_own():

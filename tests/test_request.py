@@ -166,6 +166,69 @@ def test_a_research_history_of_the_second_generation(tmp_path):
     assert request.design.metrics == ["Accuracy"] and "8 cores" in request.design.environment
 
 
+PROMPT_2 = """\
+## Research Hypothesis
+open_problems='o' method='FW-LoRA' experimental_setup='3 epochs' primary_metric='MCC' expected_result=None
+
+## Experimental Design
+experiment_summary='s' compute_environment=ComputeEnvironment(os='linux', cpu_cores=8, gpu_type=None) \
+evaluation_metrics=[EvaluationMetric(name='Matthews Correlation', description="it's r")] \
+models_to_use=['roberta-base'] datasets_to_use=['CoLA'] proposed_method=MethodConfig(method_name='FW-LoRA', \
+description='shrinks', training_config=TrainingConfig(learning_rate=0.0002, batch_size=None, optimizer='AdamW', \
+warmup_steps=100, gradient_clip=1.0, scheduler='Linear', seed=42, additional_params='fisher_alpha = 0.97'), \
+optuna_config=OptunaConfig(enabled=True, n_trials=20, search_spaces=[SearchSpace(param_name='warmup_steps', \
+distribution_type='int', low=50.0, high=150.0, choices=None), SearchSpace(param_name='lora_rank', \
+distribution_type='categorical', low=None, high=None, choices=[4, 8])])) comparative_methods=[MethodConfig(\
+method_name='LoRA', description='plain', training_config=None, optuna_config=OptunaConfig(enabled=False, n_trials=20, \
+search_spaces=None))]
+
+# Instructions for Generating Run Configurations
+- Models: ['roberta-base']
+Output:
+{"run_configs": [{"run_id": "x", "run_config_yaml": "run_id: x\\noptuna:\\n  search_spaces:\\n    - \
+{param_name: learning_rate, distribution_type: loguniform, low: 1.0e-5, high: 1.0e-2}\\n"}]}
+"""
+
+
+def test_the_prompt_of_the_second_generation(tmp_path):
+    request = read_request(write(tmp_path / "r.txt", PROMPT_2))
+    design = request.design
+    assert design.hypothesis.experimental_setup == "3 epochs" and "cpu_cores" in design.environment
+    assert design.metrics == ["Matthews Correlation"] and design.runs == []
+    proposed, (compared,) = design.proposed_method, design.comparative_methods
+    assert proposed.settings == {
+        "learning_rate": 2e-4, "optimizer": "adamw", "training.warmup_steps": 100, "max_grad_norm": 1.0,
+        "lr_scheduler": "linear", "seed": 42,
+    }  # fmt: skip
+    assert proposed.description == "shrinks\nfisher_alpha = 0.97"
+    spaces = {k: v.model_dump(exclude_none=True) for k, v in proposed.hyperparameters_to_search.items()}
+    assert spaces == {
+        "warmup_steps": {"type": "int", "low": 50, "high": 150},
+        "lora_rank": {"type": "categorical", "choices": [4, 8]},
+    }
+    assert type(spaces["warmup_steps"]["low"]) is int
+    assert (compared.name, compared.settings, compared.hyperparameters_to_search) == ("LoRA", {}, {})
+    assert request.place("hypothesis.method").split(":")[1:] == ["2", " Research Hypothesis.method"]
+
+
+def test_runs_as_printed_objects_and_without_what_the_design_has_once(tmp_path):
+    start = PROMPT.index("\n- Run ID")
+    printed = "[ExperimentRun(run_id='a', method_name='proposed', model_name=None, dataset_name='SST-2 (GLUE)', "
+    printed += "run_config='training:\\n  epochs: 4\\n', results=None)]"
+    text = PROMPT[:start] + printed + "\n\n# Experimental Environment\nOne GPU\n"
+    request = read_request(write(tmp_path / "r.txt", text))
+    assert [(r.run_id, r.method, r.model, r.dataset) for r in request.design.runs] == [
+        ("a", "proposed", None, "SST-2 (GLUE)")
+    ]
+    listed = PROMPT.replace("  Model: roberta-base (110M)", "  Model: None")
+    assert read_request(write(tmp_path / "l.txt", listed)).design.runs[0].model is None
+
+
+def test_the_last_cycle_of_a_history(tmp_path):
+    history = {"experiment_history": {"cycles": [{"experimental_design": {}}, {"experimental_design": OLD}]}}
+    assert read_request(write(tmp_path / "h.json", json.dumps(history))).design.models == ["roberta-base"]
+
+
 def test_configs_that_a_history_holds_are_examples(tmp_path):
     run = {**RUN, "run_config": "training:\n  epochs: 4\n"}
     request = read_request(

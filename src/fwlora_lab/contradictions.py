@@ -87,7 +87,7 @@ def _examples(plan: Plan) -> None:
         here = f"example:{draft.run_id}"
         method = example.get("method")
         arm = METHODS.get(str(method)) or arm_of(str(method))
-        if arm != draft.arm:
+        if method is not None and arm != draft.arm:
             plan.contradict(
                 "method",
                 f"{draft.run_id} is {draft.method} by the design, the example output makes it {one_line(method, 60)}",
@@ -99,13 +99,14 @@ def _examples(plan: Plan) -> None:
                 key = search_key(name)
             except UserError:
                 continue
-            ours = plan.spaces.get(key)
+            named = plan.spaces | plan.own_spaces_of(draft)
+            ours = named.get(key)
             if ours is None:
                 plan.contradict(
                     "search space",
                     f"{name} is searched in the example output of {draft.run_id}, the design does not name it",
                     plan.request.place(f"{here}.optuna.search_space.{name}", _shown(dimension)),
-                    plan.request.place("hyperparameters_to_search", ", ".join(n for _, n, _ in plan.spaces.values())),
+                    plan.request.place("hyperparameters_to_search", ", ".join(n for _, n, _ in named.values())),
                 )
             elif ours[0].dimension is not None and _ends(ours[0].dimension) != _ends(dimension):
                 plan.contradict(

@@ -16,7 +16,7 @@ from pydantic import ValidationError
 from fwlora_lab.errors import UserError
 from fwlora_lab.names import Backbone, arm_named, arm_of, label, model_of, plain, slug, subset_of
 from fwlora_lab.prose import said_budgets, said_numbers
-from fwlora_lab.request import Dataset, Method, Request, Run, one_line
+from fwlora_lab.request import Dataset, Method, Request, Run, named_dimensions, one_line
 from fwlora_lab.runconfig import (
     GLUE_SUBSETS,
     KEYS,
@@ -69,6 +69,7 @@ class Draft:
     search: dict[str, tuple[Space, str, str]] = field(default_factory=dict)  # key -> space, name, place
     n_trials: Value = Value(20, "", "")
     budget: float | None = None
+    id_note: str = ""
 
     def put(self, key: str, value: Any, note: str = "", place: str = "") -> None:
         self.values.setdefault(key, Value(value, one_line(note), place))
@@ -143,6 +144,12 @@ class Plan:
         if not any(c.kind == kind and c.text == text for c in self.found):
             self.found.append(item)
 
+    def own_spaces_of(self, draft: Draft) -> dict[str, tuple[Space, str, str]]:
+        """What the draft's method searches beside what the design searches for all."""
+        return next(
+            s for s, (_, key, _, _) in zip(self.own_spaces, self.methods, strict=True) if key == draft.method_key
+        )
+
     def _spaces(self, block: str, given: Mapping[str, Any]) -> dict[str, tuple[Space, str, str]]:
         spaces: dict[str, tuple[Space, str, str]] = {}
         for name, value in given.items():
@@ -194,7 +201,13 @@ class Plan:
     def _given(self, index: int, run: Run) -> Draft:
         request, key = self.request, f"runs.{index}"
 
-        def find(what: str, name: str, labels: Sequence[str]) -> int:
+        def find(what: str, name: str | None, labels: Sequence[str]) -> int:
+            if name is None and len(labels) == 1:
+                return 0
+            if name is None:
+                raise UserError(
+                    f"{request.place(f'{key}.{what}')}: is missing, and the design has {len(labels)}: add it"
+                )
             same = [n for n, known in enumerate(labels) if known == name]
             same = same or [n for n, known in enumerate(labels) if plain(known) == plain(name)]
             if not same:
@@ -247,6 +260,8 @@ class Plan:
         title = f"{role} on {model.name} and {label(self.design.datasets[data_at])}"
         model_key, data_key = f"models.{model_at}", f"datasets.{data_at}"
         draft = Draft(run_id, title, arm, name, model, model_key, data_key, method_key)
+        if run is None or run.run_id is None:
+            draft.id_note = "from the method, the model and the data set"
         stated: list[tuple[str, Mapping[str, Any]]] = [
             (f"{run_key}.settings", run.settings if run else {}),
             (f"{method_key}.settings", method.settings),
@@ -321,7 +336,8 @@ class Plan:
                     place = self.request.place(one_line(f"example:{run_id}.optuna.search_space.{name}"))
                     text = "; ".join(i.text for i in issues_of(error, dimension))
                     raise UserError(f"{place}: {one_line(text, 400)}") from None
-                if draft.applies(key) and key not in draft.search and key not in self.spaces:
+                stated = key in self.spaces or any(key in own for own in self.own_spaces)
+                if draft.applies(key) and key not in draft.search and not stated:
                     note = "the request's example output searches it in one run; here every method is tuned alike"
                     place = f"example:{run_id}.optuna.search_space.{name}"
                     draft.search[key] = (Space(key, dimension, None, note, ()), name, place)
@@ -398,6 +414,8 @@ class Plan:
         if draft.search:
             note = "the search is scored on this part of train, never on the split that is reported"
             draft.put("dataset.selection_fraction", 0.1, note)
+        lanes = "several runs at once on one backbone, where it is a BERT or RoBERTa; dataset.padding changes nothing"
+        draft.put("training.engine", get_key(_DEFAULTS, "training.engine"), lanes)
         for key in _ALWAYS:
             if draft.applies(key):
                 draft.put(key, get_key(_DEFAULTS, key), _BLOCK_NOTE[key.split(".")[0]])
@@ -411,7 +429,7 @@ class Plan:
     def config(self, draft: Draft) -> tuple[dict[str, Any], dict[str, str]]:
         """Values and comments of one run, checked against the schema."""
         data: dict[str, Any] = {"run_id": draft.run_id, "method": draft.method}
-        notes: dict[str, str] = {}
+        notes: dict[str, str] = {"run_id": draft.id_note}
         for key in KEYS:
             if key in draft.values:
                 block = data
@@ -445,8 +463,11 @@ class Plan:
 
 
 def example_space(example: Mapping[str, Any]) -> dict[str, Any]:
+    """The dimensions of an example config by name, in whichever of the two dialects it has them."""
     optuna = example.get("optuna")
-    space = optuna.get("search_space") if isinstance(optuna, dict) else None
+    if not isinstance(optuna, dict):
+        return {}
+    space = optuna.get("search_space") or named_dimensions(optuna.get("search_spaces"))
     return {str(k): v for k, v in space.items() if isinstance(v, dict)} if isinstance(space, dict) else {}
 
 

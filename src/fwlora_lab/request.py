@@ -85,12 +85,15 @@ class Dataset(_Part):
 
 
 class Run(_Part):
-    """One run: `method` is `proposed`, `comparative-<i>` or a method's name."""
+    """One run: `method` is `proposed`, `comparative-<i>` or a method's name.
+
+    `model` and `dataset` may be left out where the design has one of them.
+    """
 
     run_id: RunId | None = None
     method: Name
-    model: Name
-    dataset: Name
+    model: Name | None = None
+    dataset: Name | None = None
     budget: Percent | None = None
     settings: dict[str, Setting] = Field(default_factory=dict)
 
@@ -309,31 +312,36 @@ class _Airas(NamedTuple):
 
 
 def _airas_part(data: Any) -> _Airas | None:
-    """The part with `experimental_design`: at the top, under `new_method`, or in a session's last iteration."""
+    """The part with `experimental_design`: at the top, under `new_method`, or in the last iteration or cycle."""
     if not isinstance(data, dict):
         return None
     around: list[Any] = [data, data.get("new_method")]
     session = data.get("research_session")
-    if isinstance(session, dict):
-        iterations = session.get("iterations")
-        around += [session.get("current_iteration"), *(reversed(iterations) if isinstance(iterations, list) else ())]
+    for held, name in ((session, "iterations"), (data.get("experiment_history"), "cycles")):
+        if isinstance(held, dict):
+            tried = held.get(name)
+            around += [held.get("current_iteration"), *(reversed(tried) if isinstance(tried, list) else ())]
     for part in around:
         design = part.get("experimental_design") if isinstance(part, dict) else None
         if isinstance(design, dict):
             runs = next((r for r in (part.get("experiment_runs"), design.get("experiment_runs")) if r), [])
             beside = (part, data, session if isinstance(session, dict) else {})
             hypothesis = next((b[k] for b in beside for k in ("research_hypothesis", "hypothesis") if b.get(k)), None)
-            runner = design.get("runner_config")
-            environment = json.dumps(runner, ensure_ascii=False) if runner else None
             method = part.get("method")
             return _Airas(
-                design, runs if isinstance(runs, list) else [runs], hypothesis, _text_or_none(method), environment
+                design,
+                runs if isinstance(runs, list) else [runs],
+                hypothesis,
+                method if isinstance(method, str) else None,
+                _environment(design),
             )
     return None
 
 
-def _text_or_none(value: Any) -> str | None:
-    return value if isinstance(value, str) else None
+def _environment(design: Mapping[str, Any]) -> str | None:
+    """The machine, which the second generation describes inside the design."""
+    machine = design.get("runner_config") or design.get("compute_environment")
+    return json.dumps(machine, ensure_ascii=False) if machine else None
 
 
 _AIRAS_NAMES = {
@@ -344,6 +352,13 @@ _AIRAS_NAMES = {
     "datasets_to_use": "datasets",
     "evaluation_metrics": "metrics",
     "hyperparameters_to_search": "hyperparameters_to_search",
+}
+# Their names of settings that are called otherwise here. Theirs warms the learning rate up; ours, under the same name,
+# is FW-LoRA's K.
+_AIRAS_SETTINGS = {
+    "warmup_steps": "training.warmup_steps",
+    "gradient_clip": "max_grad_norm",
+    "scheduler": "lr_scheduler",
 }
 _AIRAS_RUN = {"run_id": "run_id", "method_name": "method", "model_name": "model", "dataset_name": "dataset"}
 
@@ -389,30 +404,42 @@ def _from_airas(found: _Airas, prefix: str) -> tuple[dict[str, Any], dict[str, s
 def _airas_method(method: dict[str, Any]) -> dict[str, Any]:
     """The second generation's MethodConfig; `optuna_config.search_spaces` is a list of named dimensions."""
     plain: dict[str, Any] = {"name": method.get("method_name", method.get("name"))}
-    if method.get("description"):
-        plain["description"] = method["description"]
+    described = [method.get("description")]
     training = method.get("training_config") or method.get("hyperparameters")
     if isinstance(training, dict):
-        plain["settings"] = {
-            # theirs warms the learning rate up; ours, under the same name, is FW-LoRA's K
-            "training.warmup_steps" if k == "warmup_steps" else k: v
-            for k, v in training.items()
-            if v is not None
-        }
+        settings = {_AIRAS_SETTINGS.get(k, k): v for k, v in training.items() if v is not None}
+        described.append(settings.pop("additional_params", None))  # prose: "lambda_fw=1e-4, ..."
+        for key in ("optimizer", "lr_scheduler"):
+            if isinstance(settings.get(key), str):
+                settings[key] = settings[key].lower()
+        plain["settings"] = settings
+    if any(described):
+        plain["description"] = "\n".join(text for text in described if isinstance(text, str) and text)
     optuna = method.get("optuna_config")
     if isinstance(optuna, dict) and optuna.get("enabled", True):
-        plain["hyperparameters_to_search"] = {
-            str(d.get("param_name")): {
-                "type" if k == "distribution_type" else k: v
-                for k, v in d.items()
-                if k != "param_name" and v is not None
-            }
-            for d in optuna.get("search_spaces") or ()
-            if isinstance(d, dict)
-        }
+        plain["hyperparameters_to_search"] = named_dimensions(optuna.get("search_spaces"))
         if optuna.get("n_trials"):
             plain["n_trials"] = optuna["n_trials"]
     return plain
+
+
+def named_dimensions(spaces: Any) -> dict[str, dict[str, Any]]:
+    """The list `[{param_name, distribution_type, low, …}]` as dimensions by name.
+
+    AIRAS holds low and high as floats also for an int dimension: 300.0 is 300 there.
+    """
+    found = {}
+    for given in spaces if isinstance(spaces, list) else ():
+        if isinstance(given, dict):
+            kind = given.get("distribution_type")
+            found[str(given.get("param_name"))] = {
+                "type" if key == "distribution_type" else key: int(value)
+                if kind == "int" and isinstance(value, float) and value.is_integer()
+                else value
+                for key, value in given.items()
+                if key != "param_name" and value is not None
+            }
+    return found
 
 
 def _run_configs(found: _Airas, where: str) -> dict[str, dict[str, Any]]:
@@ -468,14 +495,20 @@ def _read_prompt(text: str, source: str) -> Request:
 
     where = f"{source}: Experimental Design"
     design = _read_fields(section("Experimental Design"), where)
-    prose = section("Hypothesis").strip()
+    titled = "Research Hypothesis" if "Research Hypothesis" in sections else "Hypothesis"
+    prose = section(titled).strip()
     hypothesis: Any = prose or None
-    if re.match(r"\w+=['\"]", prose):
-        hypothesis = _read_fields(prose, f"{source}: Hypothesis")
+    if re.match(r"\w+=(?:['\"]|None\b)", prose):
+        hypothesis = _read_fields(prose, f"{source}: {titled}")
     lines: dict[str, int] = {}
-    runs = []
+    runs: list[Any] = []
     first = starts.get("Experiment Runs", 0)
-    for offset, line in enumerate(sections.get("Experiment Runs", ()), 1):
+    listed = sections.get("Experiment Runs", [])
+    printed = "\n".join(listed).strip()
+    if printed.startswith("["):  # a printed list of ExperimentRun objects
+        runs = _read_fields(f"runs={printed}", f"{source}: Experiment Runs")["runs"]
+        listed = []
+    for offset, line in enumerate(listed, 1):
         match = _RUN_LINE.fullmatch(line)
         if match is None:
             if line.strip():
@@ -487,17 +520,18 @@ def _read_prompt(text: str, source: str) -> Request:
             lines[f"runs.{len(runs) - 1}"] = first + offset
         if key in runs[-1]:
             raise UserError(f"{source}:{first + offset}: Experiment Runs: {match[2]} stands twice in one run")
-        runs[-1][key] = match[3]
+        if match[3] not in ("", "None"):
+            runs[-1][key] = match[3]
         lines[f"runs.{len(runs) - 1}.{_RUN_KEYS[match[2]]}"] = first + offset
     method = section("Research Method").strip() or None
-    environment = section("Experimental Environment").strip() or None
+    environment = section("Experimental Environment").strip() or _environment(design)
     found = _Airas(design, runs, hypothesis, method, environment)
     plain, spelling = _from_airas(found, "Experimental Design: ")
-    spelling |= {"runs": "Experiment Runs: runs", "hypothesis": "Hypothesis", "environment": "Experimental Environment"}
+    spelling |= {"runs": "Experiment Runs: runs", "hypothesis": titled, "environment": "Experimental Environment"}
     at = starts["Experimental Design"]
     lines |= {key: at + _offset(sections["Experimental Design"]) for key in _AIRAS_NAMES.values()}
-    if "Hypothesis" in starts:
-        lines["hypothesis"] = starts["Hypothesis"] + _offset(sections["Hypothesis"])
+    if titled in starts:
+        lines["hypothesis"] = starts[titled] + _offset(sections[titled])
     # empty lines stand for the text above, so that a fault has the file's line
     examples = _read_output("\n" * (body.count("\n") + 1) + output, source)
     for run_id in examples:
