@@ -107,6 +107,16 @@ def test_a_run_that_diverges_fails_alone(world):
     assert alone.epochs[-1].train_loss == pytest.approx(records[0].epochs[-1].train_loss, rel=1e-5)
 
 
+def test_an_evaluation_that_fails_is_the_runs_failure(world, monkeypatch):
+    def full(*_):
+        raise RuntimeError("out of memory")
+
+    monkeypatch.setattr(loop.Lanes, "predict", full)
+    records = train_cohort([Planned(lanes(world, "lora"), seed) for seed in (0, 1)])
+    assert [r.status for r in records] == ["failed"] * 2
+    assert {r.error.message for r in records} == {"out of memory"} and records[0].epochs == []
+
+
 def test_what_is_there_is_not_trained_again(world, monkeypatch):
     plans = [Planned(lanes(world, "lora"), s) for s in (0, 1)]
     train_cohort(plans)

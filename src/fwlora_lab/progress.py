@@ -117,7 +117,7 @@ class StudyBoard:
         self._metric = ""
         self._over = 0
         self._began = time.monotonic()
-        self._said: set[str] = set()
+        self._notes: dict[str, None] = {}
         self._lock = threading.Lock()
         self._console = Console(highlight=False)
 
@@ -157,9 +157,10 @@ class StudyBoard:
                     self._over += 1
                     assert event.record.error is not None
                     self._say(f"FAILED: {event.record.error.message}", event)
-                case Note() if event.text not in self._said:
-                    self._said.add(event.text)
-                    self._console.print(f"  note: {event.text}", markup=False)
+                case Note() if event.text not in self._notes:
+                    self._notes[event.text] = None
+                    if not self._console.is_terminal:
+                        print(f"  note: {event.text}", flush=True)
 
     def _say(self, what: str, event: Event) -> None:
         if self._console.is_terminal:  # the table shows it
@@ -178,7 +179,8 @@ class StudyBoard:
 
     def _render(self) -> Group:
         with self._lock:
-            return Group(self._table(), Text(f"{self._over} of {self._to_train} runs trained{self._time_left()}"))
+            state = f"{self._over} of {self._to_train} runs trained{self._time_left()}"
+            return Group(self._table(), *(Text(f"note: {note}") for note in self._notes), Text(state))
 
     def _table(self) -> Table:
         shown = self._seeds[: self._SEEDS_SHOWN]

@@ -515,10 +515,15 @@ class _Cohort:
         started = time.perf_counter()
         lanes = [seats.index(seat) for seat in ended]
         order = table.lengths().argsort(descending=True, stable=True)
-        parts = [
-            engine.predict(pack(table, [index] * len(lanes)), lanes).float().cpu()
-            for index in order.split(_EVALUATION_BATCH)
-        ]
+        try:
+            parts = [
+                engine.predict(pack(table, [index] * len(lanes)), lanes).float().cpu()
+                for index in order.split(_EVALUATION_BATCH)
+            ]
+        except Exception as error:
+            for seat in ended:
+                seat.failure = error
+            return
         logits = torch.cat(parts, 1)
         logits = torch.empty_like(logits).index_copy_(1, order, logits)
         share = (time.perf_counter() - started) / len(lanes)
