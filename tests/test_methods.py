@@ -31,6 +31,7 @@ from fwlora_lab.methods import (
 )
 from fwlora_lab.runconfig import FWLoraSettings, RunConfig
 from fwlora_lab.tasks import TaskSpec
+from fwlora_lab.train import Planned, train_cohort
 
 SPEC = TaskSpec("two", "classification", ("no", "yes"), 1, ("accuracy",), "accuracy")
 METHODS = ["lora", "fw_lora", "adalora", "svd_lora"]
@@ -399,3 +400,75 @@ def test_svd_lora_is_written_as_plain_lora(world: World, backbone: Backbone, tmp
     arm.export(tmp_path / "again")
     for file in ("adapter_config.json", "adapter_model.safetensors"):
         assert (tmp_path / "again" / file).read_bytes() == (tmp_path / "adapter" / file).read_bytes()
+
+
+# The controls that are settings of FW-LoRA: each is the loss that it is said to be
+
+CONTROLS = {
+    "request": {},
+    "uniform": {"fw_lora__weighting": "uniform"},
+    "permuted": {"fw_lora__weighting": "permuted"},
+    "literal": {"fw_lora__weighting": "uniform", "fw_lora__norm": "factors"},
+}
+
+
+@pytest.mark.parametrize("control", CONTROLS)
+def test_a_control_is_plain_lora_with_its_penalty_in_the_loss(world: World, backbone: Backbone, control: str) -> None:
+    """`L + λ Σ w_m‖s·B·A‖²`, for the request's own code `L + λ Σ (‖A‖² + ‖B‖²)`, by autograd after the warm-up."""
+    own = {"model__lora__dropout": 0.0, "training__max_grad_norm": None, **CONTROLS[control]}
+    arm = build(world.config("fw_lora", **own), backbone, seed=3)
+    naive = build(world.config("lora", **own), backbone, seed=3)
+    assert isinstance(arm, FWLoraArm)
+    for each in (arm, naive):
+        each.model.double().eval()  # the encoder's dropout would draw other masks
+
+    def step(each: Arm, number: int, penalty: Tensor | float = 0.0) -> None:
+        (each.model(**batch(number)).loss + penalty).backward()
+        each.optimizer.step()
+        each.scheduler.step()
+        each.optimizer.zero_grad()
+
+    for number in range(6):
+        step(arm, number)
+        step(naive, number)
+    fisher = torch.tensor(list(arm.handle.fisher().values()), dtype=torch.float64)
+    share = fisher / fisher.sum()
+    order = torch.randperm(10, generator=torch.Generator().manual_seed(3))
+    assert order.tolist() != sorted(order.tolist())
+    weights = {"request": 1 - share, "permuted": 1 - share[order]}.get(control, torch.ones(10))
+    assert [row.weight for row in arm.report()] == pytest.approx(weights.tolist(), rel=1e-6)
+    layers = [m for m in naive.model.modules() if isinstance(m, LoraLayer)]
+    assert len(layers) == 10
+    for number in range(6, 16):
+        penalty = torch.zeros((), dtype=torch.float64)
+        for weight, layer in zip(weights.tolist(), layers, strict=True):
+            a, b = layer.lora_A["default"].weight, layer.lora_B["default"].weight
+            norm = a.square().sum() + b.square().sum() if control == "literal" else (2.0 * b @ a).square().sum()
+            penalty = penalty + 0.05 * weight * norm
+        step(naive, number, penalty)
+        step(arm, number)
+    for name, factors in arm.adapters().items():
+        for got, want in zip(factors, naive.adapters()[name], strict=True):
+            torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-7)
+
+
+def test_controls_train_alike_in_lanes_and_with_peft_and_their_records_say_what_they_are(tmp_path: Path) -> None:
+    own = World(tmp_path, dropout=0.0)
+    records = {}
+    for control, changes in CONTROLS.items():
+        for engine in ("lanes", "peft"):
+            common = {"training__engine": engine, "training__epochs": 1, "model__lora__dropout": 0.0}
+            cfg = own.config("fw_lora", run_id=f"{control}-{engine}", **common, **changes)
+            (records[control, engine],) = train_cohort([Planned(cfg, 1)])
+    for control in CONTROLS:
+        lanes, peft = records[control, "lanes"], records[control, "peft"]
+        assert lanes.status == peft.status == "complete", lanes.error or peft.error
+        for mine, theirs in zip(lanes.matrices, peft.matrices, strict=True):
+            assert mine.weight == pytest.approx(theirs.weight, rel=1e-4)
+            assert mine.delta_norm == pytest.approx(theirs.delta_norm, rel=1e-3)
+    weights = {c: [row.weight for row in records[c, "lanes"].matrices] for c in CONTROLS}
+    norms = {c: [row.delta_norm for row in records[c, "lanes"].matrices] for c in CONTROLS}
+    assert weights["uniform"] == weights["literal"] == [1.0] * 10
+    assert sorted(weights["permuted"]) == pytest.approx(sorted(weights["request"]), rel=1e-5)
+    assert weights["permuted"] != pytest.approx(weights["request"], rel=1e-3)
+    assert len({tuple(norms[c]) for c in CONTROLS}) == 4, "four different runs"
