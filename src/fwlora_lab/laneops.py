@@ -83,9 +83,11 @@ class Draws:
 class Adapter:
     """The factors of one target over all lanes, and where their gradients go.
 
-    a [E, r, d_in]; b, transposed: [E, r, d_out]; c [E, 1, r]: s, or s·Λ for AdaLoRA; grad_e [E, r] is Λ's.
+    a [E, r, d_in]; b, transposed: [E, r, d_out]; c [E, 1, r]: s, or s·Λ for AdaLoRA; grad_e [E, r] is Λ's. columns:
+    where its d_out outputs stand among those of the Linears that are computed together.
     """
 
+    columns: slice
     a: Tensor
     b: Tensor
     c: Tensor
@@ -104,117 +106,163 @@ class _AdaptedLinear(torch.autograd.Function):
         anchor: Tensor,
         weight: Tensor,
         bias: Tensor | None,
-        adapter: Adapter,
-        mask: Tensor | None,
+        adapters: Sequence[Adapter],
+        masks: Sequence[Tensor | None],
     ) -> Tensor:
-        seen = x if mask is None else x * mask
-        z = torch.bmm(seen, adapter.a.mT)
-        low = z * adapter.c
-        ctx.adapter, ctx.weight = adapter, weight
-        ctx.save_for_backward(x, mask, low, z if adapter.grad_e is not None else None)
         y = functional.linear(x, weight, bias)
-        return y.baddbmm_(low, adapter.b)
+        saved: list[Tensor | None] = [x]
+        for adapter, mask in zip(adapters, masks, strict=True):
+            z = torch.bmm(x if mask is None else x * mask, adapter.a.mT)
+            low = z * adapter.c
+            y[..., adapter.columns].baddbmm_(low, adapter.b)
+            saved += [mask, low, z if adapter.grad_e is not None else None]
+        ctx.adapters, ctx.weight = adapters, weight
+        ctx.save_for_backward(*saved)
+        return y
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
         (g,) = grads
-        adapter: Adapter = ctx.adapter
-        x, mask, low, z = ctx.saved_tensors
+        x, *saved = ctx.saved_tensors
+        gx = None
         with torch.no_grad():
-            seen = x if mask is None else x * mask
-            gb = torch.bmm(g, adapter.b.mT)
-            adapter.grad_b.baddbmm_(low.mT, g)
-            if z is not None:
-                assert adapter.grad_e is not None
-                adapter.grad_e.add_((gb * z).sum(1) * adapter.scale)
-            gz = gb * adapter.c
-            adapter.grad_a.baddbmm_(gz.mT, seen)
-            if adapter.watch is not None:
-                adapter.watch(g, x)
-            if not ctx.needs_input_grad[0]:
-                return None, None, None, None, None, None
-            gx = torch.mm(g.flatten(0, 1), ctx.weight).view_as(x)
-            if mask is None:
-                gx.baddbmm_(gz, adapter.a)
-            else:
-                gx.addcmul_(torch.bmm(gz, adapter.a), mask)
+            if ctx.needs_input_grad[0]:
+                gx = torch.mm(g.flatten(0, 1), ctx.weight).view_as(x)
+            for i, adapter in enumerate(ctx.adapters):
+                mask, low, z = saved[3 * i : 3 * i + 3]
+                own = g[..., adapter.columns]
+                gb = torch.bmm(own, adapter.b.mT)
+                adapter.grad_b.baddbmm_(low.mT, own)
+                if z is not None:
+                    assert adapter.grad_e is not None
+                    adapter.grad_e.add_((gb * z).sum(1) * adapter.scale)
+                gz = gb * adapter.c
+                adapter.grad_a.baddbmm_(gz.mT, x if mask is None else x * mask)
+                if adapter.watch is not None:
+                    adapter.watch(own, x)
+                if gx is None:
+                    continue
+                if mask is None:
+                    gx.baddbmm_(gz, adapter.a)
+                else:
+                    gx.addcmul_(torch.bmm(gz, adapter.a), mask)
         return gx, None, None, None, None, None
 
 
 def adapted_linear(
-    x: Tensor, anchor: Tensor, weight: Tensor, bias: Tensor | None, adapter: Adapter, mask: Tensor | None
+    x: Tensor,
+    anchor: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    adapters: Sequence[Adapter],
+    masks: Sequence[Tensor | None],
 ) -> Tensor:
-    """`y_e = x_e Wᵀ + bias + ((x_e ∘ mask_e) A_eᵀ ∘ c_e) B_eᵀ` for x [E, N, d_in], W [d_out, d_in] frozen.
+    """`y_e = x_e Wᵀ + bias`, and `+ ((x_e ∘ mask_e) A_eᵀ ∘ c_e) B_eᵀ` in each adapter's columns; x [E, N, d_in].
 
-    The backward pass adds ∂L/∂A, ∂L/∂B (and ∂L/∂Λ) to the adapter's gradients and calls `adapter.watch(∂L/∂y, x)`.
-    `anchor` is any tensor that requires a gradient: it keeps the node in the graph where x does not.
+    W [d_out, d_in] is frozen. The backward pass adds ∂L/∂A, ∂L/∂B (and ∂L/∂Λ) to the adapters' gradients and calls
+    `adapter.watch(∂L/∂y, x)`. `anchor` is any tensor that requires a gradient: it keeps the node in the graph where
+    x does not.
     """
-    return _AdaptedLinear.apply(x, anchor, weight, bias, adapter, mask)  # type: ignore[return-value]
+    return _AdaptedLinear.apply(x, anchor, weight, bias, adapters, masks)  # type: ignore[return-value]
+
+
+class _AddDropped(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, y: Tensor, mask: Tensor) -> Tensor:
+        ctx.save_for_backward(mask)
+        return torch.addcmul(x, y, mask)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        (g,) = grads
+        (mask,) = ctx.saved_tensors
+        return g, g * mask, None
+
+
+def add_dropped(x: Tensor, y: Tensor, mask: Tensor | None) -> Tensor:
+    """`x + y ∘ mask`, the residual connection with its dropout."""
+    return x + y if mask is None else _AddDropped.apply(x, y, mask)  # type: ignore[return-value]
 
 
 class _PackedAttention(torch.autograd.Function):
-    """q, k, v [E·N·heads, d_head] -> [E·N, heads·d_head]; `masks[i]` is block i's dropout [S·heads, T, T] or None."""
+    """tokens [E·N, parts·heads·d_head] -> [E·N, heads·d_head]; `masks[i]` is block i's dropout [S·heads, t, T] or None.
+
+    parts: query, key and value; or key and value, with one query a sentence in `queries` [E·b, heads·d_head] and as
+    many rows in the result.
+    """
 
     @staticmethod
     def forward(
         ctx: Any,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
+        tokens: Tensor,
+        queries: Tensor | None,
         packed: Packed,
         heads: int,
         scaling: float,
         window: int | None,
         masks: Sequence[Tensor | None],
     ) -> Tensor:
-        rows, back = packed.by_head(heads)
+        parts = 3 if queries is None else 2
+        rows, _ = packed.by_head(heads, parts)
+        ones, back = packed.by_head(heads, 1 if queries is None else 0)
+        width = tokens.shape[-1] // (parts * heads)
+        flat, single = tokens.view(-1, width), None if queries is None else queries.view(-1, width)
+        out = flat.new_empty(sum(map(len, ones)), width)
         saved: list[Tensor | None] = []
-        out = []
-        for block, index, mask in zip(packed.blocks, rows, masks, strict=True):
+        done = 0
+        for block, index, one, mask in zip(packed.blocks, rows, ones, masks, strict=True):
             s, t = block.rows.shape
-            own_q, own_k, own_v = (x.index_select(0, index).view(s * heads, t, -1) for x in (q, k, v))
-            scores = torch.bmm(own_q, own_k.mT).mul_(scaling)
-            _hide(scores.view(s, heads, t, t), block, window)
+            own = flat.index_select(0, index).view(parts, s * heads, t, width)
+            q = own[0] if single is None else single.index_select(0, one).view(s * heads, 1, width)
+            scores = torch.bmm(q, own[-2].mT).mul_(scaling)
+            _hide(scores.view(s, heads, -1, t), block, window)
             p = scores.softmax(-1)
-            dropped = p if mask is None else p * mask
-            out.append(torch.bmm(dropped, own_v).view(s * heads * t, -1))
-            saved += [own_q, own_k, own_v, p, mask]
+            here = out[done : done + len(one)].view(s * heads, -1, width)
+            torch.bmm(p if mask is None else p * mask, own[-1], out=here)
+            done += len(one)
+            saved += [own, None if single is None else q, p, mask]
         ctx.save_for_backward(*saved)
-        ctx.packed, ctx.heads, ctx.scaling = packed, heads, scaling
-        return _joined(out).index_select(0, back)
+        ctx.packed, ctx.heads, ctx.scaling, ctx.parts = packed, heads, scaling, parts
+        return out.index_select(0, back).view(-1, heads * width)
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
         (g,) = grads
-        packed, heads = ctx.packed, ctx.heads
-        rows, back = packed.by_head(heads)
+        packed, heads, parts = ctx.packed, ctx.heads, ctx.parts
+        rows, back = packed.by_head(heads, parts)
+        ones, back_one = packed.by_head(heads, 1 if parts == 3 else 0)
+        width = g.shape[-1] // heads
+        g = g.reshape(-1, width)
         saved = ctx.saved_tensors
-        pieces: tuple[list[Tensor], ...] = ([], [], [])
-        g = g.reshape(-1, g.shape[-1])
-        for i, (block, index) in enumerate(zip(packed.blocks, rows, strict=True)):
-            q, k, v, p, mask = saved[5 * i : 5 * i + 5]
+        out = g.new_empty(sum(map(len, rows)), width)
+        out_one = g.new_empty(0 if parts == 3 else sum(map(len, ones)), width)
+        done = done_one = 0
+        for i, (block, index, one) in enumerate(zip(packed.blocks, rows, ones, strict=True)):
+            own, q, p, mask = saved[4 * i : 4 * i + 4]
             s, t = block.rows.shape
-            own = g.index_select(0, index).view(s * heads, t, -1)
-            # What pads a block repeats the sentence's first token; its own gradient is none.
-            own = own.view(s, heads, t, -1).mul_(block.keep[:, None, :, None]).view(s * heads, t, -1)
-            dropped = p if mask is None else p * mask
-            g_p = torch.bmm(own, v.mT)
+            g_own = g.index_select(0, one).view(s * heads, -1, width)
+            if parts == 3 and not block.full:
+                # What pads a block repeats the sentence's first token; its own gradient is none.
+                g_own.view(s, heads, t, width).mul_(block.keep[:, None, :, None])
+            here = out[done : done + len(index)].view(parts, s * heads, t, width)
+            g_q = here[0] if q is None else out_one[done_one : done_one + len(one)].view(s * heads, 1, width)
+            torch.bmm((p if mask is None else p * mask).mT, g_own, out=here[-1])
+            g_p = torch.bmm(g_own, own[-1].mT)
             if mask is not None:
                 g_p.mul_(mask)
             g_s = torch._softmax_backward_data(g_p, p, -1, p.dtype).mul_(ctx.scaling)
-            for piece, grad in zip(
-                pieces, (torch.bmm(g_s, k), torch.bmm(g_s.mT, q), torch.bmm(dropped.mT, own)), strict=True
-            ):
-                piece.append(grad.view(s * heads * t, -1))
-        g_q, g_k, g_v = (_joined(piece).index_select(0, back) for piece in pieces)
+            torch.bmm(g_s, own[-2], out=g_q)
+            torch.bmm(g_s.mT, own[0] if q is None else q, out=here[-2])
+            done += len(index)
+            done_one += len(one)
+        g_tokens = out.index_select(0, back).view(-1, parts * heads * width)
         if packed.padded:
-            for grad in (g_q, g_k, g_v):
-                grad.view(len(packed.true), -1).mul_(packed.true[:, None])
-        return g_q, g_k, g_v, None, None, None, None, None
-
-
-def _joined(parts: list[Tensor]) -> Tensor:
-    return parts[0] if len(parts) == 1 else torch.cat(parts)
+            g_tokens.mul_(packed.true[:, None])
+        g_queries = None
+        if parts == 2:
+            g_queries = out_one.index_select(0, back_one).view(-1, heads * width)
+            g_queries.mul_((packed.weights > 0).view(-1, 1))  # an empty place repeats another's query
+        return g_tokens, g_queries, None, None, None, None, None
 
 
 def _hide(scores: Tensor, block: Block, window: int | None) -> None:
@@ -227,6 +275,32 @@ def _hide(scores: Tensor, block: Block, window: int | None) -> None:
         scores.masked_fill_((place[:, None] - place).abs() >= window, float("-inf"))
 
 
+def attention(
+    tokens: Tensor,
+    queries: Tensor | None,
+    packed: Packed,
+    heads: int,
+    scaling: float,
+    drop: Callable[[Block, tuple[int, ...]], Tensor] | None = None,
+    window: int | None = None,
+) -> Tensor:
+    """Attention within each sentence: tokens [E, N, 3·heads·d_head], queries, keys and values -> [E, N, heads·d_head].
+
+    With one query a sentence, queries [E, b, heads·d_head], tokens are [E, N, 2·heads·d_head] and the result is as
+    queries. `drop(block, shape)` draws the mask of attention dropout, already divided by 1 − p. A token sees the tokens
+    of its sentence that are less than `window` away.
+    """
+    masks: list[Tensor | None] = [None] * len(packed.blocks)
+    if drop is not None:
+        for i, block in enumerate(packed.blocks):
+            s, t = block.rows.shape
+            masks[i] = drop(block, (s, heads, t if queries is None else 1, t)).flatten(0, 1)
+    own = None if queries is None else queries.flatten(0, 1)
+    out = _PackedAttention.apply(tokens.flatten(0, 1), own, packed, heads, scaling, window, masks)
+    like = tokens if queries is None else queries
+    return out.view(*like.shape[:2], -1)  # type: ignore[union-attr]
+
+
 def packed_attention(
     module: torch.nn.Module,
     query: Tensor,
@@ -236,25 +310,13 @@ def packed_attention(
     *,
     scaling: float,
     packed: Packed,
-    drop: Callable[[Block, tuple[int, ...], float], Tensor] | None = None,
-    dropout: float = 0.0,
     sliding_window: int | None = None,
     **_: Any,
 ) -> tuple[Tensor, None]:
-    """Attention within each sentence: query, key, value [E, heads, N, d_head] -> [E, N, heads, d_head].
-
-    `drop(block, shape, p)` draws the mask of attention dropout, already divided by 1 − p. A token sees the tokens of
-    its sentence that are less than `sliding_window` away.
-    """
+    """`attention` as transformers' own layers call it: [E, heads, N, d_head] each -> [E, N, heads, d_head]."""
     lanes, heads, n, width = query.shape
-    q, k, v = (t.transpose(1, 2).reshape(lanes * n * heads, width) for t in (query, key, value))
-    masks: list[Tensor | None] = [None] * len(packed.blocks)
-    if dropout > 0.0 and drop is not None:
-        for i, block in enumerate(packed.blocks):
-            s, t = block.rows.shape
-            masks[i] = drop(block, (s, heads, t, t), dropout).view(s * heads, t, t)
-    out = _PackedAttention.apply(q, k, v, packed, heads, scaling, sliding_window, masks)
-    return out.view(lanes, n, heads, width), None  # type: ignore[union-attr]
+    tokens = torch.stack((query, key, value), 1).permute(0, 3, 1, 2, 4).reshape(lanes, n, -1)
+    return attention(tokens, None, packed, heads, scaling, window=sliding_window).view(lanes, n, heads, width), None
 
 
 AttentionInterface.register(ATTENTION, packed_attention)

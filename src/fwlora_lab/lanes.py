@@ -19,6 +19,7 @@ import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -29,7 +30,7 @@ import fwlora
 from fwlora import fisher as estimators
 from fwlora.importance import penalty_weights
 from fwlora.shrinkage import NORMS
-from fwlora_lab.laneops import ATTENTION, Adapter, Draws, adapted_linear
+from fwlora_lab.laneops import ATTENTION, Adapter, Draws, adapted_linear, add_dropped, attention
 from fwlora_lab.packing import Block, Packed
 
 _BETAS, _EPS = (0.9, 0.999), 1e-8  # torch.optim.AdamW's own
@@ -109,19 +110,35 @@ class _Rows:
 
 
 class LaneLinear(nn.Module):
-    """A frozen Linear with one adapter per lane: `y_e = x_e Wᵀ + bias + s_e (x_e A_eᵀ) B_eᵀ`, x [E, N, d_in]."""
+    """Frozen Linears of one input side by side, with one adapter per lane on those that are targets.
 
-    def __init__(self, base: nn.Linear, lanes: Lanes, name: str) -> None:
+    `y_e = x_e Wᵀ + bias`, and `+ s_e (x_e A_eᵀ) B_eᵀ` in a target's columns; x [E, N, d_in], or with `sentences`
+    [E, b, d_in], one row a sentence.
+    """
+
+    def __init__(self, lanes: Lanes, names: Sequence[str], sentences: bool = False) -> None:
         super().__init__()
-        self.base = base
-        self.name = name
+        linears = [cast(nn.Linear, lanes.model.get_submodule(name)) for name in names]
+        self.weight, self.bias = linears[0].weight, linears[0].bias
+        if len(linears) > 1:
+            self.weight = nn.Parameter(torch.cat([linear.weight for linear in linears]), False)
+            self.bias = nn.Parameter(torch.cat([linear.bias for linear in linears]), False)
+        self.sentences = sentences
+        self.adapted: list[tuple[str, slice]] = []
+        start = 0
+        for name, linear in zip(names, linears, strict=True):
+            if name in lanes.targets:
+                self.adapted.append((name, slice(start, start + linear.out_features)))
+            start += linear.out_features
         self._lanes = [lanes]  # in a list: it is no submodule
 
     def forward(self, x: Tensor) -> Tensor:
         lanes = self._lanes[0]
-        return adapted_linear(
-            x, lanes.anchor, self.base.weight, self.base.bias, lanes.adapter(self.name), lanes.adapter_mask(x)
-        )
+        if not self.adapted:
+            return functional.linear(x, self.weight, self.bias)
+        adapters = [lanes.adapter(name, columns, self.sentences) for name, columns in self.adapted]
+        masks = [lanes.adapter_mask(x, self.sentences) for _ in adapters]
+        return adapted_linear(x, lanes.anchor, self.weight, self.bias, adapters, masks)
 
 
 class LaneDropout(nn.Module):
@@ -133,9 +150,44 @@ class LaneDropout(nn.Module):
         self._lanes = [lanes]
 
     def forward(self, x: Tensor) -> Tensor:
-        if not self.training or self.p == 0.0:
-            return x
-        return x * self._lanes[0].token_mask(x, [self.p] * x.shape[0])
+        mask = self._lanes[0].hidden_mask(x, self.p)
+        return x if mask is None else x * mask
+
+
+class LaneLayer(nn.Module):
+    """A layer of BERT or RoBERTa over packed lanes: [E, N, d] -> [E, N, d].
+
+    Of the last layer's outputs the classifier reads each sentence's first token and nothing else, so the last layer
+    takes its keys and values from all tokens and computes the rest for the first ones only: [E, N, d] -> [E, b, d].
+    """
+
+    def __init__(self, lanes: Lanes, name: str, last: bool) -> None:
+        super().__init__()
+        layer: Any = lanes.model.get_submodule(name)
+        own = layer.attention.self
+        self.heads, self.scaling = own.num_attention_heads, own.scaling
+        self.rates = own.dropout.p, layer.attention.output.dropout.p, layer.output.dropout.p
+        query, *others = (f"{name}.attention.self.{n}" for n in ("query", "key", "value"))
+        self.first = LaneLinear(lanes, [query], sentences=True) if last else None
+        self.inputs = LaneLinear(lanes, others if last else [query, *others])
+        self.projection = LaneLinear(lanes, [f"{name}.attention.output.dense"], last)
+        self.intermediate = LaneLinear(lanes, [f"{name}.intermediate.dense"], last)
+        self.output = LaneLinear(lanes, [f"{name}.output.dense"], last)
+        self.activation = layer.intermediate.intermediate_act_fn
+        self.norms = nn.ModuleList([layer.attention.output.LayerNorm, layer.output.LayerNorm])
+        self._lanes = [lanes]
+
+    def forward(self, x: Tensor, *_: Any, packed: Packed, **__: Any) -> Tensor:
+        lanes, last = self._lanes[0], self.first is not None
+        tokens, queries = self.inputs(x), None
+        if self.first is not None:
+            x = x.flatten(0, 1).index_select(0, packed.first.flatten()).view(*packed.first.shape, -1)
+            queries = self.first(x)
+        drop = partial(lanes.attention_mask, p=self.rates[0]) if self.training and self.rates[0] > 0.0 else None
+        seen = self.projection(attention(tokens, queries, packed, self.heads, self.scaling, drop))
+        x = self.norms[0](add_dropped(x, seen, lanes.hidden_mask(seen, self.rates[1], last)))
+        y = self.output(self.activation(self.intermediate(x)))
+        return self.norms[1](add_dropped(x, y, lanes.hidden_mask(y, self.rates[2], last)))
 
 
 @dataclass(frozen=True)
@@ -200,14 +252,16 @@ class Lanes:
             if not isinstance(base, nn.Linear):
                 raise TypeError(f"{name} is {type(base).__name__}, not Linear")
             shapes[name] = (base.in_features, base.out_features)
-            parent, _, leaf = name.rpartition(".")
-            setattr(model.get_submodule(parent), leaf, LaneLinear(base, self, name))
-        for name, module in list(self.encoder.named_modules()):
-            if isinstance(module, nn.Dropout):
-                parent, _, leaf = name.rpartition(".")
-                setattr(self.encoder.get_submodule(parent), leaf, LaneDropout(module.p, self))
         self.targets = list(shapes)
         self._shapes = list(shapes.values())
+        layers = cast(nn.ModuleList, self.encoder.get_submodule("encoder.layer"))
+        for i in range(len(layers)):
+            layers[i] = LaneLayer(self, f"{model.base_model_prefix}.encoder.layer.{i}", last=i == len(layers) - 1)
+        placed = {name for m in layers.modules() if isinstance(m, LaneLinear) for name, _ in m.adapted}
+        if left := shapes.keys() - placed:
+            raise TypeError(f"{min(left)} is no matrix of an encoder layer")
+        dropout = cast(nn.Dropout, self.encoder.get_submodule("embeddings.dropout"))
+        self.encoder.get_submodule("embeddings").dropout = LaneDropout(dropout.p, self)
         self._lay_out()
         self.lanes: list[Lane] = []
         self._resize(0)
@@ -400,33 +454,28 @@ class Lanes:
         """The rows [E, …] of the lanes in this pass."""
         return t if self._chosen is None else t[self._chosen]
 
-    def adapter(self, name: str) -> Adapter:
+    def adapter(self, name: str, columns: slice, sentences: bool) -> Adapter:
         """The factors of a target for the lanes in this pass."""
         a, b, *spectrum = map(self.of_present, self.factors[name])
         grad_a, grad_b, *grad_e = self._factor_grads[name]
         scale = self.of_present(self.scales)
         c = scale * spectrum[0][:, None] if spectrum else scale
         watches = self._plan is not None and self._plan.watching
-        sink = partial(self._watch, name) if watches else None
-        return Adapter(a, b, c, grad_a, grad_b, scale[:, 0], grad_e[0] if grad_e else None, sink)
+        sink = partial(self._watch, name, sentences) if watches else None
+        return Adapter(columns, a, b, c, grad_a, grad_b, scale[:, 0], grad_e[0] if grad_e else None, sink)
 
-    def adapter_mask(self, x: Tensor) -> Tensor | None:
-        """Dropout of the adapters' input, or None."""
+    def adapter_mask(self, x: Tensor, sentences: bool) -> Tensor | None:
+        """Dropout of the adapters' input [E, N, d] or [E, b, d], divided by 1 − p; None where there is none."""
         rates = [self.lanes[e].settings.dropout for e in self.present]
-        return self.token_mask(x, rates) if self.model.training and any(rates) else None
+        return self._mask(x.shape, sentences, rates) if self.model.training and any(rates) else None
 
-    def token_mask(self, x: Tensor, rates: Sequence[float]) -> Tensor:
-        """Masks [E, N, d] of dropout, divided by 1 − p; `rates` by lane."""
-        assert self._packed is not None
-        return self._mask(x.shape, self._packed.counts, rates)
+    def hidden_mask(self, x: Tensor, p: float, sentences: bool = False) -> Tensor | None:
+        """The same for hidden states, at one rate for all lanes."""
+        return self._mask(x.shape, sentences, [p] * len(x)) if self.model.training and p > 0.0 else None
 
-    def sentence_mask(self, x: Tensor, p: float) -> Tensor:
-        """Masks [E, b, d] of the head's dropout."""
+    def _mask(self, shape: torch.Size, sentences: bool, rates: Sequence[float]) -> Tensor:
         assert self._packed is not None
-        return self._mask(x.shape, self._packed.sentences, [p] * len(x)).to(x.dtype)
-
-    def _mask(self, shape: torch.Size, counts: Sequence[int], rates: Sequence[float]) -> Tensor:
-        assert self._packed is not None
+        counts = self._packed.sentences if sentences else self._packed.counts
         lanes, _, d = shape
         if self._packed.uniform and len(set(rates)) == 1:
             mask = torch.empty(shape, dtype=self.compute_dtype, device=self.device)
@@ -438,7 +487,8 @@ class Lanes:
             self._draws.keep(self._draws.one(row, n * d) if drawn is None else drawn[row], p, mask[row, :n])
         return mask
 
-    def _attention_mask(self, block: Block, shape: tuple[int, ...], p: float) -> Tensor:
+    def attention_mask(self, block: Block, shape: tuple[int, ...], p: float) -> Tensor:
+        """The mask of attention dropout in a block, divided by 1 − p."""
         assert self._packed is not None
         mask = torch.empty(shape, dtype=self.compute_dtype, device=self.device)
         lanes = len(self.present)
@@ -467,13 +517,12 @@ class Lanes:
         }
         if packed.types is not None:
             inputs["token_type_ids"] = packed.types
-        hidden = self.encoder(**inputs, packed=packed, drop=self._attention_mask).last_hidden_state
-        first = hidden.reshape(-1, hidden.shape[-1]).index_select(0, packed.first.flatten())
-        return self.head(first.view(*packed.first.shape, -1).to(self.dtype))
+        return self.head(self.encoder(**inputs, packed=packed).last_hidden_state.to(self.dtype))
 
     def step(self, packed: Packed, learning_rates: Sequence[float], regression: bool = False) -> Tensor:
         """One optimiser step of every lane; the lanes' losses [E], on the device."""
-        self.model.train()
+        if not self.model.training:
+            self.model.train()
         plan = self._plan_step(learning_rates, regression)
         packed = packed.to(self.device)
         if packed.uniform and _shape(packed) not in self._drawn:
@@ -607,8 +656,11 @@ class Lanes:
                 ).T
         return probes
 
-    def _watch(self, name: str, g: Tensor, x: Tensor) -> None:
-        """Note the step's Fisher energy of one target [E], 0 where none is taken; g [E, N, d_out], x [E, N, d_in]."""
+    def _watch(self, name: str, sentences: bool, g: Tensor, x: Tensor) -> None:
+        """Note the step's Fisher energy of one target [E], 0 where none is taken.
+
+        g [E, N, d_out], x [E, N, d_in], or with `sentences` [E, b, …], a row a sentence.
+        """
         assert self._packed is not None and self._plan is not None
         if self._plan.probes:
             sketch = torch.bmm(torch.bmm(x, self._plan.probes[x.shape[-1]].mT).mT, g)
@@ -616,12 +668,13 @@ class Lanes:
         else:
             energies = torch.zeros(len(self.lanes), dtype=self.dtype, device=self.device)
         for e in self._plan.watching:
-            fw, n = self.lanes[e].settings.fw, self._packed.counts[e]
+            fw, n = self.lanes[e].settings.fw, (self._packed.sentences if sentences else self._packed.counts)[e]
             assert fw is not None
             if fw.estimator == "exact":
                 energies[e] = estimators.weight_gradient(g[e, :n], x[e, :n]).square().sum()
             elif fw.estimator == "per_example":
-                energies[e] = self._per_example(e, g, x)
+                rows = g[e, :n, None], x[e, :n, None]
+                energies[e] = estimators.per_example_energy(*rows) if sentences else self._per_example(e, g, x)
         self._energies[name] = energies
 
     def _per_example(self, lane: int, g: Tensor, x: Tensor) -> Tensor:
@@ -932,8 +985,8 @@ class _Head:
                 weight, bias = (lanes.of_present(lanes.head_values[f"{layer}.{k}"]) for k in ("weight", "bias"))
                 x = torch.baddbmm(bias[:, None], x, weight.mT)
             elif isinstance(layer, float):
-                if lanes.model.training and layer > 0.0:
-                    x = x * lanes.sentence_mask(x, layer)
+                mask = lanes.hidden_mask(x, layer, sentences=True)
+                x = x if mask is None else x * mask
             else:
                 x = layer(x)
         return x

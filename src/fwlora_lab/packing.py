@@ -36,11 +36,13 @@ class Block:
     """Sentences of up to T tokens for attention.
 
     rows: int64 [S, T], where each token stands in the flattened [E·N] row; keep: bool [S, T], false for padding, and
-    `full` where there is none; lanes: (lane, sentences) for the runs of sentences that belong to one lane, in order.
+    `full` where there is none; places: int64 [S], where each sentence stands in [E·b]; lanes: (lane, sentences) for
+    the runs of sentences that belong to one lane, in order.
     """
 
     rows: Tensor
     keep: Tensor
+    places: Tensor
     full: bool
     lanes: tuple[tuple[int, int], ...]
 
@@ -52,8 +54,8 @@ class Packed:
     tokens, types, positions: int64 [E, N]; true: bool [E·N], false for what fills a row up, and `padded` where there
     is such; first: int64 [E, b], each sentence's first token in the flattened [E·N] row; labels [E, b];
     weights [E, b]: 1/(sentences of the lane), 0 where there is none; back: int64 [E·N], where each token stands among
-    the blocks' tokens, block after block; counts and sentences: tokens and sentences by lane; uniform: all batches of
-    the run have this shape, and nothing may depend on the counts.
+    the blocks' tokens, block after block; order: int64 [E·b], the same for sentences; counts and sentences: tokens and
+    sentences by lane; uniform: all batches of the run have this shape, and nothing may depend on the counts.
     """
 
     tokens: Tensor
@@ -64,17 +66,18 @@ class Packed:
     labels: Tensor
     weights: Tensor
     back: Tensor
+    order: Tensor
     blocks: tuple[Block, ...]
     counts: tuple[int, ...]
     sentences: tuple[int, ...]
     padded: bool
     uniform: bool = False
-    _by_head: dict[int, tuple[list[Tensor], Tensor]] = field(default_factory=dict, compare=False)
+    _by_head: dict[tuple[int, int], tuple[list[Tensor], Tensor]] = field(default_factory=dict, compare=False)
 
     def tensors(self) -> list[Tensor]:
         """All tensors, in one order."""
         own = [getattr(self, f.name) for f in fields(self)]
-        return [t for t in own if isinstance(t, Tensor)] + [t for b in self.blocks for t in (b.rows, b.keep)]
+        return [t for t in own if isinstance(t, Tensor)] + [t for b in self.blocks for t in (b.rows, b.keep, b.places)]
 
     def to(self, device: torch.device) -> Packed:
         """The same batch on `device`."""
@@ -86,25 +89,32 @@ class Packed:
             if isinstance(value := getattr(self, f.name), Tensor)
         }
         blocks = tuple(
-            replace(b, rows=b.rows.to(device, non_blocking=True), keep=b.keep.to(device, non_blocking=True))
+            replace(b, **{name: getattr(b, name).to(device, non_blocking=True) for name in ("rows", "keep", "places")})
             for b in self.blocks
         )
         return replace(self, **moved, blocks=blocks, _by_head={})
 
-    def by_head(self, heads: int) -> tuple[list[Tensor], Tensor]:
-        """`rows` of each block and `back` for tokens of [E·N·heads], blocks lying as [S, heads, T]; once per batch."""
-        if heads not in self._by_head:
-            device = self.back.device
-            head = torch.arange(heads, device=device)
-            rows, places, done = [], [], 0
+    def by_head(self, heads: int, parts: int = 1) -> tuple[list[Tensor], Tensor]:
+        """How tokens of [E·N·parts·heads] go to the blocks, each [parts, S, heads, T], and back from all of them.
+
+        parts: 3 for query, key and value side by side; 0 stands for one token a sentence: [E·b·heads], [S, heads].
+        Int64, flattened; worked out once per batch.
+        """
+        if (heads, parts) not in self._by_head:
+            device, each, done = self.back.device, max(parts, 1), 0
+            inner = torch.arange(each * heads, device=device)
+            rows, places = [], []
             for block in self.blocks:
-                s, t = block.rows.shape
-                rows.append((block.rows[:, None, :] * heads + head[:, None]).flatten())
-                at = torch.arange(s * heads * t, device=device).view(s, heads, t).transpose(1, 2) + done
-                places.append(at.reshape(s * t, heads))
-                done += s * heads * t
-            self._by_head[heads] = rows, torch.cat(places)[self.back].flatten()
-        return self._by_head[heads]
+                outer = block.rows if parts else block.places[:, None]
+                s, t = outer.shape
+                index = (outer[..., None] * (each * heads) + inner).view(s, t, each, heads)
+                rows.append(index.permute(2, 0, 3, 1).flatten())
+                at = torch.arange(index.numel(), device=device).view(each, s, heads, t) + done
+                places.append(at.permute(1, 3, 0, 2).reshape(s * t, each * heads))
+                done += index.numel()
+            back = torch.cat(places)[self.back if parts else self.order]
+            self._by_head[heads, parts] = rows, back.flatten()
+        return self._by_head[heads, parts]
 
 
 def pack(table: TokenTable, batches: Sequence[Tensor], dtype: torch.dtype = torch.float32) -> Packed:
@@ -130,7 +140,7 @@ def pack(table: TokenTable, batches: Sequence[Tensor], dtype: torch.dtype = torc
         first[e, len(index) :] = e * width  # a sentence of the lane's own: its neighbours' may be NaN
         weights[e, : len(index)] = 1.0 / len(index)
         labels[e, : len(index)] = table.labels[index]
-    blocks, back = _blocks(lengths, width)
+    blocks, back, order = _blocks(lengths, width, most)
     return Packed(
         tokens=tokens,
         types=types,
@@ -140,6 +150,7 @@ def pack(table: TokenTable, batches: Sequence[Tensor], dtype: torch.dtype = torc
         labels=labels,
         weights=weights,
         back=back,
+        order=order,
         blocks=blocks,
         counts=counts,
         sentences=tuple(len(i) for i in batches),
@@ -190,10 +201,12 @@ def pack_shaped(
         labels=table.labels[index],
         weights=there.to(dtype) / there.sum(1, keepdim=True),
         back=torch.where(true, own, filler),
+        order=torch.arange(lanes * b, device=device),
         blocks=(
             Block(
                 rows.view(lanes * b, t),
                 (keep | (column == 0)).view(lanes * b, t),
+                torch.arange(lanes * b, device=device),
                 False,
                 tuple((e, b) for e in range(lanes)),
             ),
@@ -216,15 +229,16 @@ def _up(n: int, step: int) -> int:
     return -(-n // step) * step
 
 
-def _blocks(lengths: Sequence[Tensor], width: int) -> tuple[tuple[Block, ...], Tensor]:
-    """Blocks of similar sentences, as many as there are widths among them."""
+def _blocks(lengths: Sequence[Tensor], width: int, most: int) -> tuple[tuple[Block, ...], Tensor, Tensor]:
+    """Blocks of similar sentences, as many as there are widths among them, `back` and `order`."""
     back = torch.zeros(len(lengths) * width, dtype=torch.int64)
+    order = torch.zeros(len(lengths) * most, dtype=torch.int64)
     widths = torch.tensor(_WIDTHS)
     chosen = [torch.bucketize(n, widths) for n in lengths]
-    blocks, done = [], 0
+    blocks, done, seen = [], 0, 0
     for k in sorted({int(c) for choice in chosen for c in choice}):
         wide = _WIDTHS[k] if k < len(_WIDTHS) else max(int(n.max()) for n in lengths)
-        rows, keeps, owners = [], [], []
+        rows, keeps, places, owners = [], [], [], []
         for e, (n, choice) in enumerate(zip(lengths, chosen, strict=True)):
             here = (choice == k).nonzero()[:, 0]
             if not len(here):
@@ -234,12 +248,16 @@ def _blocks(lengths: Sequence[Tensor], width: int) -> tuple[tuple[Block, ...], T
             keep = column < n[here, None]
             rows.append(torch.where(keep, start[:, None] + column, start[:, None]))
             keeps.append(keep)
+            places.append(e * most + here)
             owners.append((e, len(here)))
-        row, keep = torch.cat(rows), torch.cat(keeps)
+        row, keep, place = torch.cat(rows), torch.cat(keeps), torch.cat(places)
         back[row[keep]] = done + keep.flatten().nonzero()[:, 0]
+        order[place] = seen + torch.arange(len(place))
         done += row.numel()
-        blocks.append(Block(row, keep, bool(keep.all()), tuple(owners)))
-    # What fills a lane's row up reads a token of its own lane.
+        seen += len(place)
+        blocks.append(Block(row, keep, place, bool(keep.all()), tuple(owners)))
+    # What fills a lane's row up reads a token of its own lane, and an empty place a sentence of its own.
     for e, n in enumerate(lengths):
         back[e * width + int(n.sum()) : (e + 1) * width] = back[e * width]
-    return tuple(blocks), back
+        order[e * most + len(n) : (e + 1) * most] = order[e * most]
+    return tuple(blocks), back, order
