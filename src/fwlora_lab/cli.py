@@ -7,7 +7,7 @@ Whatever a person got wrong ends in one message on standard error and exit code 
 from __future__ import annotations
 
 import argparse
-import logging
+import functools
 import os
 import sys
 import textwrap
@@ -96,8 +96,7 @@ words of this command (all others are keys of the run config, for every run):
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line and return its exit code."""
     options = _parser().parse_args(arguments)
-    # What libraries tell each other at import and about their next versions is not for the reader of this screen.
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+    # What libraries tell each other about their next versions is not for the reader of this screen.
     warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
     try:
         return options.command(options)
@@ -173,6 +172,10 @@ def _parser() -> argparse.ArgumentParser:
     generate.add_argument("--json", action="store_true", help="print one JSON object with all run configs")
     generate.add_argument("--check", action="store_true", help="exit with 1, writing nothing, on contradictions")
     generate.add_argument("--schema", action="store_true", help="print the JSON Schema of a design and exit")
+    generate.add_argument("--llm", metavar="MODEL", help="let a language model fill what only the prose says")
+    generate.add_argument(
+        "--base-url", metavar="URL", help="its server, which speaks OpenAI's chat protocol; the key is OPENAI_API_KEY"
+    )
     generate.set_defaults(command=_generate)
 
     report = commands.add_parser(
@@ -372,14 +375,21 @@ def _validate(options: argparse.Namespace) -> int:
 
 def _generate(options: argparse.Namespace) -> int:
     from fwlora_lab.generate import generate
-    from fwlora_lab.request import schema
+    from fwlora_lab.request import read_request, schema
 
     if options.schema:
         print(schema())
         return 0
     if options.source is None:
         raise UserError("say what to read: fwlora generate SOURCE; `fwlora generate --help` says which files it knows.")
-    return generate(options.source, options.out, options.json, options.check)
+    read = read_request
+    if options.llm is not None:
+        from fwlora_lab.llm import read_filled
+
+        read = functools.partial(read_filled, model=options.llm, base_url=options.base_url)
+    elif options.base_url is not None:
+        raise UserError("--base-url is the server of a language model: say which one with --llm MODEL.")
+    return generate(options.source, options.out, options.json, options.check, read)
 
 
 def _report(options: argparse.Namespace) -> int:
