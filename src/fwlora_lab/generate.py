@@ -11,7 +11,7 @@ import json
 import os
 import sys
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -95,13 +95,20 @@ def _write(folder: Path, configs: Mapping[str, str]) -> None:
         raise UserError(f"{one_line(folder)}: cannot be written: {reason}") from None
 
 
-def generate(source: str, out: str | None, as_json: bool, check: bool) -> int:
+def generate(
+    source: str,
+    out: str | None,
+    as_json: bool,
+    check: bool,
+    read: Callable[[str], Request] = read_request,
+) -> int:
     """The command `fwlora generate`; 0, or 1 with `check` where the design contradicts itself.
 
     Configs go to the folder `out`, as one JSON object to stdout, or as YAML documents to stdout; contradictions go to
-    stderr. With `check` nothing is written while there are any, and without `out` and `as_json` nothing at all.
+    stderr. With `check` nothing is written while there are any, and without `out` and `as_json` nothing at all. `read`
+    turns the source into a request.
     """
-    generated = generate_configs(read_request(source))
+    generated = generate_configs(read(source))
     for item in generated.contradictions:
         print(f"{'error' if check else 'warning'}: {item}", file=sys.stderr)
     if generated.contradictions and check:

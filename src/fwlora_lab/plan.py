@@ -1,7 +1,8 @@
 """A design, taken apart: a draft of every run, in which each value says where it comes from.
 
-A value comes from the first that has it: what the design states, its prose, the request's own example output, the
-method's default, the task's convention. All but the first are said in a comment beside the value.
+A value comes from the first that has it: what the design states, its prose, the request's own example output, a
+language model's answer where one was asked, the method's default, the task's convention. All but the first are said in
+a comment beside the value.
 """
 
 from __future__ import annotations
@@ -137,6 +138,11 @@ class Plan:
             self._spaces(f"{key}.hyperparameters_to_search", m.hyperparameters_to_search)
             for _, key, m, _ in self.methods
         ]
+        prefix = "hyperparameters_to_search."
+        filled = {k.removeprefix(prefix): v for k, v in request.filled.items() if k.startswith(prefix)}
+        self.filled_spaces = self._spaces("hyperparameters_to_search", filled)
+        examples = [example_value(request, i, "model.parameter_budget_percent") for i in request.examples]
+        self.filled_budgets = request.filled.get("budgets", []) if all(e is None for e in examples) else []
         self.drafts = self._drafts()
 
     def contradict(self, kind: str, text: str, first: str, second: str) -> None:
@@ -177,7 +183,8 @@ class Plan:
                 drafts.append(self._given(index, run))
         else:
             budgets: list[tuple[float | None, str]] = [(b, f"budgets.{n}") for n, b in enumerate(design.budgets)]
-            budgets = budgets or [(s.value, s.place) for s in self.said_budgets] or [(None, "")]
+            budgets = budgets or [(s.value, s.place) for s in self.said_budgets]
+            budgets = budgets or [(b, f"budgets.{n}") for n, b in enumerate(self.filled_budgets)] or [(None, "")]
             if len(self.methods) * len(design.models) * len(design.datasets) * len(budgets) > MAX_RUNS:
                 raise UserError(f"{request.source}: the design has more than {MAX_RUNS:,} runs: shorten its lists")
             for m in range(len(self.methods)):
@@ -341,6 +348,9 @@ class Plan:
                     note = "the request's example output searches it in one run; here every method is tuned alike"
                     place = f"example:{run_id}.optuna.search_space.{name}"
                     draft.search[key] = (Space(key, dimension, None, note, ()), name, place)
+        for key, (space, name, place) in self.filled_spaces.items():
+            if space.dimension is not None and draft.applies(key) and key not in draft.search | draft.values:
+                draft.search[key] = (space, name, place)
         trials = [
             (e.get("optuna", {}).get("n_trials"), run_id)
             for run_id, e in self.request.examples.items()
@@ -358,13 +368,15 @@ class Plan:
             if len({n for n, _ in numbers}) > 1:
                 note += f", the larger of {' and '.join(str(n) for n, _ in numbers)}: every method is tuned alike"
             draft.n_trials = Value(most, note, f"example:{run_id}.optuna.n_trials")
+        elif "n_trials" in self.request.filled:
+            draft.n_trials = Value(self.request.filled["n_trials"], "", "n_trials")
         else:
             draft.n_trials = Value(20, "default of run configs", "")
 
     def _budget(self, draft: Draft, budget: float | None, place: str) -> None:
         key, stated = "model.parameter_budget_percent", [s.value for s in self.said_budgets]
         example = example_value(self.request, draft.run_id, key)
-        choices = self.design.budgets or stated
+        choices = self.design.budgets or stated or self.filled_budgets
         if budget is not None:
             note = "" if place.startswith(("budgets", "runs")) else f"{place.replace('_', ' ')}, in prose"
             draft.put(key, budget, note, place)
@@ -373,13 +385,13 @@ class Plan:
         elif choices:
             shown = ", ".join(f"{c:g}" for c in choices)
             middle = sorted(choices)[len(choices) // 2]
-            where = "budgets" if self.design.budgets else self.said_budgets[0].place
+            where = "budgets" if self.design.budgets or not stated else self.said_budgets[0].place
             draft.put(key, middle, f"the middle of {shown}; the run names none", where)
         value = draft.get(key)
         draft.budget = value if isinstance(value, int | float) and not isinstance(value, bool) else None
 
     def _fill(self, draft: Draft) -> None:
-        """Prose, then the example output, then defaults."""
+        """Prose, then the example output, then a language model's answer, then defaults."""
         for key, said in self.numbers.items():
             if draft.applies(key):
                 draft.put(key, said[0].value, f"{self._where(said[0].place)}, in prose", said[0].place)
@@ -390,6 +402,14 @@ class Plan:
             value = example_value(self.request, draft.run_id, key)
             if value is not None and draft.applies(key):
                 draft.put(key, value, "example output of the request", f"example:{draft.run_id}.{key}")
+        for place, value in self.request.filled.items():
+            if place.startswith("settings."):
+                key = _setting(self.request, place, place.removeprefix("settings."))
+                if draft.applies(key):
+                    draft.put(key, value, place=place)
+        for key, (space, _, place) in self.filled_spaces.items():
+            if space.dimension is None and draft.applies(key):
+                draft.put(key, space.value, place=place)
         note = _BLOCK_NOTE["model"]
         draft.put("model.lora.enabled", True, "every method here trains LoRA adapters")
         if "model.lora.rank" not in draft.values:
@@ -424,6 +444,13 @@ class Plan:
         spelled = self.request.spelling.get(key.split(".")[0])
         return key if spelled is None else spelled.split(": ")[-1] + key[len(key.split(".")[0]) :]
 
+    def _note(self, note: str, place: str) -> str:
+        """The comment beside a value; that a language model filled it is never left out."""
+        if not self.request.is_filled(place):
+            return note
+        filled = f"filled by {one_line(self.request.writer, 60)}, not stated by the request"
+        return f"{filled}; {note}" if note else filled
+
     # -- the config ------------------------------------------------------------------------------
 
     def config(self, draft: Draft) -> tuple[dict[str, Any], dict[str, str]]:
@@ -437,14 +464,15 @@ class Plan:
                 for name in blocks:
                     block = block.setdefault(name, {})
                 block[leaf] = draft.values[key].value
-                notes[key] = draft.values[key].note
+                notes[key] = self._note(draft.values[key].note, draft.values[key].place)
+        notes["method"] = self._note("", draft.method_key)
         if draft.search:
-            notes["optuna.n_trials"] = draft.n_trials.note
+            notes["optuna.n_trials"] = self._note(draft.n_trials.note, draft.n_trials.place)
             notes["optuna.direction"] = "every metric here is better when it is larger"
             space = {}
-            for found, name, _ in draft.search.values():
+            for found, name, place in draft.search.values():
                 space[name] = found.dimension
-                notes[f"optuna.search_space.{name}.type"] = one_line(found.note)
+                notes[f"optuna.search_space.{name}.type"] = self._note(one_line(found.note), place)
             data["optuna"] = {"n_trials": draft.n_trials.value, "direction": "maximize", "search_space": space}
         try:
             RunConfig.model_validate(data)

@@ -43,11 +43,11 @@ Percent = Annotated[float, Field(gt=0, le=100)]
 Space = str | int | float | list[Scalar] | Dimension
 
 
-class _Part(BaseModel):
+class Part(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False, hide_input_in_errors=True)
 
 
-class Hypothesis(_Part):
+class Hypothesis(Part):
     """What the experiment is to show, in prose; numbers in it are read where no list states them."""
 
     open_problems: Prose | None = None
@@ -58,7 +58,7 @@ class Hypothesis(_Part):
     expected_conclusion: Prose | None = None
 
 
-class Method(_Part):
+class Method(Part):
     """A method; `settings` and `hyperparameters_to_search` are its own and win over the design's."""
 
     name: Name
@@ -68,7 +68,7 @@ class Method(_Part):
     n_trials: Positive | None = None
 
 
-class Model(_Part):
+class Model(Part):
     """A backbone: its name, where it comes from, and the size that the design believes it has."""
 
     name: Name
@@ -77,14 +77,14 @@ class Model(_Part):
     parameters: Positive | None = None
 
 
-class Dataset(_Part):
+class Dataset(Part):
     """A data set; `settings` are keys of a run config's `dataset` block (name, subset, train_file, …)."""
 
     name: Name
     settings: dict[str, Setting] = Field(default_factory=dict)
 
 
-class Run(_Part):
+class Run(Part):
     """One run: `method` is `proposed`, `comparative-<i>` or a method's name.
 
     `model` and `dataset` may be left out where the design has one of them.
@@ -98,7 +98,7 @@ class Run(_Part):
     settings: dict[str, Setting] = Field(default_factory=dict)
 
 
-class ExperimentDesign(_Part):
+class ExperimentDesign(Part):
     """A hypothesis and the experiment that tests it.
 
     Without `runs` there is one for every method × model × dataset × budget. `settings` maps keys of a run config
@@ -120,6 +120,14 @@ class ExperimentDesign(_Part):
     runs: list[Run] = Field(default_factory=list, max_length=1000)
 
 
+class Sketch(ExperimentDesign):
+    """A design that does not say yet what is compared, with which models or on which data sets."""
+
+    proposed_method: Prose | Method | None = None  # type: ignore[assignment]
+    models: list[Name | Model] = Field(default_factory=list, max_length=100)
+    datasets: list[Name | Dataset] = Field(default_factory=list, max_length=100)
+
+
 def schema() -> str:
     """The JSON Schema of a design file."""
     return json.dumps(ExperimentDesign.model_json_schema(), indent=2, ensure_ascii=False) + "\n"
@@ -130,7 +138,10 @@ _NAMES = sorted({n for part in (ExperimentDesign, Method, Model, Dataset, Run, H
 
 @dataclass(frozen=True)
 class Request:
-    """A design, where each of its keys stands in the source, and the source's own example configs by run id."""
+    """A design, where each of its keys stands in the source, and the source's own example configs by run id.
+
+    `filled` holds what the language model `writer` answered where the source states nothing: key -> value.
+    """
 
     source: str
     design: ExperimentDesign
@@ -138,15 +149,26 @@ class Request:
     lines: Mapping[str, int] = field(default_factory=dict)
     examples: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     commits: Mapping[str, str] = field(default_factory=dict)
+    writer: str = ""
+    filled: Mapping[str, Any] = field(default_factory=dict)
+
+    def is_filled(self, key: str) -> bool:
+        return any(k in self.filled for k in _upwards(key))
 
     def place(self, key: str, *said: object) -> str:
         """`file:line: key: what it says`, with the key as the source spells it."""
+        words = "".join(f": {one_line(word)}" for word in said)
+        if self.is_filled(key):
+            return f"answer of {one_line(self.writer)}: {_indexed(key)}{words}"
         line = next((self.lines[k] for k in _upwards(key) if k in self.lines), None)
         known = next((k for k in _upwards(key) if k in self.spelling), None)
         shown = key if known is None else self.spelling[known] + key[len(known) :]
-        shown = re.sub(r"\.(\d+)(?=\.|$)", r"[\1]", shown)
-        words = "".join(f": {one_line(word)}" for word in said)
-        return f"{self.source}{f':{line}' if line else ''}: {shown}{words}"
+        return f"{self.source}{f':{line}' if line else ''}: {_indexed(shown)}{words}"
+
+
+def _indexed(key: str) -> str:
+    """`models.0.name` -> `models[0].name`."""
+    return re.sub(r"\.(\d+)(?=\.|$)", r"[\1]", key)
 
 
 def _upwards(key: str) -> list[str]:
@@ -166,27 +188,36 @@ def one_line(value: object, width: int = 160) -> str:
 # ---------------------------------------------------------------------------------------------
 
 
-def read_request(source: str) -> Request:
-    """Read a design file, a request's prompt text or an AIRAS history; UserError with every fault found."""
+def read_request(source: str, complete: bool = True) -> Request:
+    """Read a design file, a request's prompt text or an AIRAS history; UserError with every fault found.
+
+    Where it need not be `complete`, its design may be a `Sketch`, and a text or Markdown file that names no key of a
+    design is prose: the hypothesis.
+    """
     path = Path(source)
     text = _read_text(path)
     start = text.lstrip()
+    kind = ExperimentDesign if complete else Sketch
     if path.suffix.lower() == ".json" or start.startswith(("{", "[")):
-        data = _read_json(text, source)
+        data = read_json(text, source)
         found = _airas_part(data)
         if found is not None:
             plain, spelling = _from_airas(found, "")
             examples = _run_configs(found, source)
-            return Request(
-                source, _checked(plain, source, {}, spelling), spelling, {}, examples, _commits(found.design)
-            )
-        return Request(source, _checked(data, source, {}, {}))
+            design = _checked(plain, source, {}, spelling, kind)
+            return Request(source, design, spelling, {}, examples, _commits(found.design))
+        return Request(source, _checked(data, source, {}, {}, kind))
     if re.search(r"^#{1,2} Experimental Design\s*$", text, re.M):
-        return _read_prompt(text, source)
+        return _read_prompt(text, source, kind)
+    if not complete and path.suffix.lower() in (".txt", ".md") and not _DESIGN_KEY.search(text):
+        return Request(source, _checked({"hypothesis": text}, source, {}, {}, kind))
     if len(text.encode()) > MAX_YAML_BYTES:
         raise UserError(f"{source}: a design file has at most {MAX_YAML_BYTES:,} bytes: is it the right file?")
     data, lines = _read_yaml(text, source)
-    return Request(source, _checked(data, source, lines, {}), lines=lines)
+    return Request(source, _checked(data, source, lines, {}, kind), lines=lines)
+
+
+_DESIGN_KEY = re.compile(rf"^['\"]?(?:{'|'.join(ExperimentDesign.model_fields)})['\"]?\s*:", re.M)
 
 
 def _read_text(path: Path) -> str:
@@ -210,7 +241,9 @@ def _read_text(path: Path) -> str:
     return text
 
 
-def _read_json(text: str, where: str) -> Any:
+def read_json(text: str, where: str) -> Any:
+    """JSON without duplicate keys, bombs, NaN and `_target_`; UserError with the place otherwise."""
+
     def pairs(items: list[tuple[str, Any]]) -> dict[str, Any]:
         seen: dict[str, Any] = {}
         for key, value in items:
@@ -281,11 +314,17 @@ def _read_yaml(text: str, where: str) -> tuple[dict[str, Any], dict[str, int]]:
         raise UserError(f"{where}: holds a value that cannot be read: {one_line(error)}") from None
 
 
-def _checked(data: Any, source: str, lines: Mapping[str, int], spelling: Mapping[str, str]) -> ExperimentDesign:
+def _checked(
+    data: Any,
+    source: str,
+    lines: Mapping[str, int],
+    spelling: Mapping[str, str],
+    kind: type[ExperimentDesign],
+) -> ExperimentDesign:
     if not isinstance(data, dict):
         raise UserError(f"{source}: must hold keys such as proposed_method, models and datasets")
     try:
-        return ExperimentDesign.model_validate(data)
+        return kind.model_validate(data)
     except ValidationError as error:
         request = Request(source, ExperimentDesign.model_construct(), spelling, lines)
         messages = []
@@ -475,7 +514,7 @@ _RUN_LINE = re.compile(r"\s*(-?)\s*(Run ID|Method|Model|Dataset):\s*(.*?)\s*")
 _RUN_KEYS = {"Run ID": "run_id", "Method": "method", "Model": "model", "Dataset": "dataset"}
 
 
-def _read_prompt(text: str, source: str) -> Request:
+def _read_prompt(text: str, source: str, kind: type[ExperimentDesign]) -> Request:
     sections: dict[str, list[str]] = {}
     starts: dict[str, int] = {}
     body, _, output = _cut(text, "\nOutput:")
@@ -538,7 +577,7 @@ def _read_prompt(text: str, source: str) -> Request:
         before = text.find(json.dumps(run_id), len(body))
         lines[f"example:{run_id}"] = text.count("\n", 0, max(before, 0)) + 2  # its YAML stands on the next line
         spelling[f"example:{run_id}"] = f"Output: {run_id}"
-    return Request(source, _checked(plain, source, lines, spelling), spelling, lines, examples, _commits(design))
+    return Request(source, _checked(plain, source, lines, spelling, kind), spelling, lines, examples, _commits(design))
 
 
 _AIRAS_BACK = {ours: theirs for theirs, ours in _AIRAS_RUN.items()}
@@ -559,7 +598,7 @@ def _read_output(output: str, source: str) -> dict[str, dict[str, Any]]:
     if not output.strip():
         return {}
     where = f"{source}: Output"
-    data = _read_json(output, where)
+    data = read_json(output, where)
     configs = data.get("run_configs") if isinstance(data, dict) else None
     if not isinstance(configs, list):
         raise UserError(f"{where}: must hold the list run_configs")
