@@ -1,8 +1,8 @@
 """Figures as SVG to be put into a page: drawn by Matplotlib, coloured by the page, harmless whatever their labels say.
 
 Every function takes plain numbers and returns the text of one `<svg>`. Nothing is drawn in a fixed colour: the inks
-below are replaced by the page's CSS variables, so that one figure serves light and dark. A figure is about 320 units
-wide, the width of a telephone, with text of 9 units.
+below are replaced by the page's CSS variables, so that one figure serves light and dark. A figure is about 280 units
+wide, a little less than a telephone, with text of 9 to 10 units.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ _STYLE: dict[Any, Any] = {
     "svg.fonttype": "none",
     "svg.hashsalt": "fwlora",
     "text.parse_math": False,
-    "font.size": 9,
+    "font.size": 9.5,
     "axes.spines.top": False,
     "axes.spines.right": False,
     "axes.edgecolor": _MUTED,
@@ -49,11 +49,11 @@ _STYLE: dict[Any, Any] = {
     "grid.linewidth": 0.8,
     "text.color": _INK,
     "legend.frameon": False,
-    "legend.fontsize": 8.5,
+    "legend.fontsize": 9,
     "figure.facecolor": "none",
     "axes.facecolor": "none",
 }
-_WIDTH = 4.4  # inches, of 72 units
+_WIDTH = 3.9  # inches, of 72 units
 
 
 @dataclass(frozen=True)
@@ -194,9 +194,9 @@ def heat(values: Sequence[Sequence[float | None]], rows: Sequence[str], columns:
                     Rectangle((x + 0.04, y + 0.06), 0.92, 0.88, color=_HEAT, alpha=0.05 + 0.95 * strength, linewidth=0)
                 )
                 if value is not None:
-                    # On the strong half of the scale the page's own surface is what can be read.
-                    ink = _SURFACE if strength > 0.5 else _INK
-                    axes.text(x + 0.5, y + 0.52, _three(value), ha="center", va="center", fontsize=7.5, color=ink)
+                    # On strong colour the page's own surface is what can be read.
+                    ink = _SURFACE if strength > 0.6 else _INK
+                    axes.text(x + 0.5, y + 0.52, _three(value), ha="center", va="center", fontsize=8, color=ink)
         axes.set_xlim(0, len(columns))
         axes.set_ylim(len(rows), 0)
         axes.set_xticks(
@@ -231,7 +231,14 @@ def stacks(rows: Sequence[tuple[str, int, Sequence[float]]], parts: Sequence[str
         axes.grid(axis="x")
         axes.set_xlabel(xlabel)
         handles = [Patch(facecolor=_INK, alpha=s, label=p) for p, s in zip(parts, strengths, strict=True)]
-        figure.legend(handles=handles, loc="outside upper left", ncols=len(parts), handlelength=1.2)
+        figure.legend(
+            handles=handles,
+            loc="outside upper left",
+            ncols=len(parts),
+            handlelength=1.0,
+            columnspacing=1.0,
+            handletextpad=0.4,
+        )
 
     return _render(draw, (_WIDTH, 0.95 + 0.34 * max(1, len(rows))))
 
@@ -290,7 +297,9 @@ def _legend(axes: Axes, methods: int) -> None:
     figure = axes.figure
     assert isinstance(figure, Figure)
     if methods:
-        figure.legend(loc="outside upper left", ncols=min(methods, 4), handlelength=1.6, columnspacing=1.2)
+        figure.legend(
+            loc="outside upper left", ncols=min(methods, 4), handlelength=1.4, columnspacing=1.0, handletextpad=0.4
+        )
 
 
 _SVG = "{http://www.w3.org/2000/svg}"

@@ -68,6 +68,13 @@ def words(metric: str) -> str:
     return metric.replace("_", " ")
 
 
+def seeds_word(seeds: Sequence[int]) -> str:
+    """Seeds as a command line takes them: 0..5, or 0,2,7."""
+    first, last = min(seeds), max(seeds)
+    whole = len(seeds) > 2 and sorted(seeds) == list(range(first, last + 1))
+    return f"{first}..{last}" if whole else ",".join(map(str, seeds))
+
+
 def headline(analysis: Analysis) -> str:
     """One sentence that says what the study found, losses first."""
     study, counts = analysis.study, Counter(v.state for v in analysis.verdicts)
@@ -88,7 +95,7 @@ def headline(analysis: Analysis) -> str:
                 silent += 1
                 continue
             gap = f"{points(abs(c.mean))} points {'below' if c.mean < 0 else 'above'} {c.reference}"
-            told.append((c.mean, f"{c.method} ends {gap} on {group.where}"))
+            told.append((c.mean, f"on {group.where} {c.method} ends {gap}"))
     parts += [text for _, text in sorted(told, key=lambda pair: pair[0])[:4]]
     if len(told) > 4:
         parts.append(f"{len(told) - 4} more comparisons with {analysis.reference} differ")
@@ -121,7 +128,7 @@ def render(name: str, **values: Any) -> str:
         lstrip_blocks=True,
         keep_trailing_newline=True,
     )
-    page.filters |= {"md": markdown, "points": points, "percent": percent, "words": words}
+    page.filters |= {"md": markdown, "points": points, "percent": percent, "words": words, "seeds_word": seeds_word}
     return page.get_template(name).render(**values)
 
 
@@ -296,7 +303,8 @@ def ratios_table(analysis: Analysis) -> Table:
     for g in analysis.groups:
         for kind, by_method in g.ratios.items():
             for method, r in by_method.items():
-                if r.n:
+                watched = any(t.times and t.times.fisher_seconds for t in g.done(method))
+                if r.n and (watched or kind != "fisher_step_seconds"):
                     row = [
                         *_place(g, method),
                         Entry(_SECONDS_OF[kind], kind),
