@@ -411,8 +411,9 @@ def _demo(options: argparse.Namespace) -> int:
 
 def _bench(options: argparse.Namespace) -> int:
     threads = options.threads
-    if threads is not None and not (threads.isdecimal() and int(threads) > 0):
-        raise UserError(f"--threads {threads}: must be a whole number from 1 on.")
+    cores = os.cpu_count() or 1
+    if threads is not None and not (threads.isdecimal() and 0 < int(threads) <= cores):
+        raise UserError(f"--threads {threads}: must be a whole number from 1 to {cores}, the cores of this machine.")
     from fwlora_lab.bench import bench
 
     return bench(options.task, options.backbone, int(threads) if threads else None, options.quick, options.json)
