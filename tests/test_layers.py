@@ -27,6 +27,7 @@ LAB = [
     "plan",
     "contradictions",
     "generate",
+    "llm",
     "offline",
     "tasks",
     "backbones",

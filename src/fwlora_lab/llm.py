@@ -166,14 +166,11 @@ def _answer(text: str) -> Answer:
     try:
         return Answer.model_validate(found)
     except ValidationError as error:
-        raise UserError(
-            listing(
-                [
-                    f"{i.key}: {'may not be filled' if i.text.startswith('is no key') else i.text}"
-                    for i in issues_of(error, found)
-                ]
-            )
-        ) from None
+        faults = [(key or "the answer", text) for key, text in issues_of(error, found)]
+    unknown = "is no key of a run config"
+    raise UserError(
+        listing([f"{one_line(key)}: {'may not be filled' if unknown in text else text}" for key, text in faults])
+    )
 
 
 def _gaps(request: Request, answer: Answer) -> tuple[dict[str, Any], list[str]]:

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 from fwlora_lab.errors import UserError
-from fwlora_lab.request import Request, one_line
+from fwlora_lab.request import Method, Request, one_line
 from fwlora_lab.spaces import NUMBER, number
 
 DATA_SETS = {
@@ -56,7 +56,7 @@ def texts(request: Request) -> Iterator[tuple[str, str]]:
     if design.summary:
         yield "summary", design.summary
     proposed = design.proposed_method
-    text = proposed if isinstance(proposed, str) else proposed.description
+    text = proposed.description if isinstance(proposed, Method) else proposed
     if text:
         yield "proposed_method", text
     if hypothesis is not None and not isinstance(hypothesis, str) and hypothesis.experimental_code:
