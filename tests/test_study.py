@@ -113,6 +113,14 @@ def test_words_choose_a_part_and_overrides_reach_every_run(world):
     assert plan_study(read_words(command.split()[2:] + ["seeds=3,5"])) == found
 
 
+def test_the_example_in_the_docs_is_a_study(tmp_path):
+    page = (Path(__file__).parents[1] / "docs" / "compare.md").read_text()
+    file = tmp_path / "my-study.yaml"
+    file.write_text(page.split("```yaml\n")[1].split("```")[0])
+    found = plan_study(read_words([f"study={file}"]))
+    assert [cell.method for cell in found.cells] == ["lora", "power"] and len(found.claims) == 1
+
+
 @pytest.mark.parametrize(
     ("words", "says"),
     [
