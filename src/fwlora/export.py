@@ -154,7 +154,7 @@ def _factors(model: PeftModel, adapter: str) -> dict[str, _Factors]:
             spectrum = layer.lora_E[adapter].detach()[:, 0]
             own = spectrum.nonzero()[:, 0]
             a, b = layer.lora_A[adapter].detach()[own], (layer.lora_B[adapter].detach() * spectrum)[:, own]
-            scale = layer.scaling[adapter] / (float(layer.ranknum[adapter]) + 1e-5)  # as PEFT divides
+            scale = layer.scaling[adapter] / (float(layer.ranknum[adapter].detach()) + 1e-5)  # as PEFT divides
         else:
             pair = pair_of(name, layer, adapter)
             if getattr(layer.lora_B[adapter], "bias", None) is not None:
