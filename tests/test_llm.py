@@ -179,13 +179,13 @@ def test_budgets_and_trials_are_filled_where_nobody_states_them(run):
 # --- what is stated stays -----------------------------------------------------------------------
 
 
-def test_nothing_that_the_request_states_is_overridden(run):
+def test_nothing_that_the_request_states_is_overridden(run, tmp_path):
     answer = {
         "proposed_method": "adalora",
         "models": ["minilm"],
         "datasets": ["MRPC"],
         "comparative_methods": ["adalora"],
-        "settings": {"epochs": 9, "training.batch_size": 64, "weight_decay": 0.3},
+        "settings": {"epochs": 9, "batch_size": 64, "weight_decay": 0.3},
         "hyperparameters_to_search": {"batch_size": "8,64"},
     }
     code, told, made = run(DESIGN, answer)
@@ -196,10 +196,13 @@ def test_nothing_that_the_request_states_is_overridden(run):
         assert (cfg["training"]["epochs"], cfg["training"]["batch_size"]) == (3, 16)
         assert cfg["training"]["weight_decay"] == 0.3 and "optuna" not in cfg
     (line,) = [line for line in told.splitlines() if "not taken from its answer" in line]
-    for key in ("proposed_method", "models", "datasets", "settings.epochs", "settings.training.batch_size",
+    for key in ("proposed_method", "models", "datasets", "settings.epochs", "settings.batch_size",
                 "hyperparameters_to_search.batch_size"):  # fmt: skip
         assert key in line
     assert "weight_decay" not in line
+    for path in (tmp_path / "out").iterdir():
+        filled = [text for text in path.read_text().splitlines() if "filled by" in text]
+        assert len(filled) == 1 and filled[0].startswith("  weight_decay: 0.3  # filled by some/model")
 
 
 def test_methods_own_settings_and_searches_stay(run):
