@@ -8,6 +8,7 @@ from __future__ import annotations
 import base64
 import csv
 import json
+import re
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,6 +16,7 @@ from pathlib import Path
 import made_up
 import pytest
 
+from fwlora_lab import figures
 from fwlora_lab.analysis import analyse, read_study
 from fwlora_lab.report import write_report
 
@@ -169,6 +171,22 @@ def test_figures_and_words_follow_the_theme_with_contrast(page, scheme):
             light, dark = sorted((luminance(found[name]), luminance(found[ground])), reverse=True)
             least = 3 if name.startswith("--m") and name != "--muted" else 4.5  # WCAG: marks, text
             assert (light + 0.05) / (dark + 0.05) >= least, (name, ground)
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_numbers_on_a_heat_map_can_be_read_at_every_strength(page, scheme):
+    look(page, 1440, scheme)
+    names = ["--surface", "--heat", "--on-pale", "--on-strong"]
+    of = "return arguments[0].map(name => getComputedStyle(document.documentElement).getPropertyValue(name).trim())"
+    found = page.execute_script(of, names)
+    surface, heat, pale, strong = (
+        [int(c * (2 if len(v) == 4 else 1), 16) for c in re.findall("." * (len(v) // 3), v[1:])] for v in found
+    )
+    for share in range(101):
+        alpha = figures.heat_strength(share / 100)
+        cell = luminance([alpha * h + (1 - alpha) * s for h, s in zip(heat, surface, strict=True)])
+        ink = luminance(strong if alpha > figures.HEAT_TURNS else pale)
+        assert (max(cell, ink) + 0.05) / (min(cell, ink) + 0.05) >= 4, share
 
 
 def values(page, table: str, key: str) -> list[str]:

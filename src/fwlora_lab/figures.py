@@ -22,11 +22,13 @@ from matplotlib.patches import Patch, Rectangle
 from matplotlib.ticker import FixedLocator, MaxNLocator, NullLocator
 
 METHOD_COLOURS = 6  # --m0 … --m5 of the page
+HEAT_TURNS = 0.63  # the opacity from which a number on --heat is read better in --on-strong than in --on-pale
 _MARKERS = "osD^vPX"  # seven, so that a seventh method differs from the first in one of the two
 
 # What Matplotlib draws with, and what the page puts in its place.
-_INK, _MUTED, _GRID, _SURFACE, _HEAT = (f"#0a0a{i:02x}" for i in range(5))
-_VARIABLES = {_INK: "--ink", _MUTED: "--muted", _GRID: "--line", _SURFACE: "--surface", _HEAT: "--heat"} | {
+_NAMES = ("--ink", "--muted", "--line", "--surface", "--heat", "--on-pale", "--on-strong")
+_INK, _MUTED, _GRID, _SURFACE, _HEAT, _ON_PALE, _ON_STRONG = (f"#0a0a{i:02x}" for i in range(len(_NAMES)))
+_VARIABLES = {f"#0a0a{i:02x}": name for i, name in enumerate(_NAMES)} | {
     f"#0b0b{i:02x}": f"--m{i}" for i in range(METHOD_COLOURS)
 }
 _STYLE: dict[Any, Any] = {
@@ -182,6 +184,11 @@ def curves(series: Sequence[Curve], xlabel: str, ylabel: str) -> str:
     return _render(draw, (_WIDTH, 2.9))
 
 
+def heat_strength(share: float) -> float:
+    """The opacity of a heat map's colour for a value's share of the largest; 0 still shows that there is a cell."""
+    return 0.05 + 0.95 * share
+
+
 def heat(values: Sequence[Sequence[float | None]], rows: Sequence[str], columns: Sequence[str], top: float) -> str:
     """A map of `values[row][column]` ≥ 0, the more the stronger the colour, full at `top`; a gap is left empty."""
 
@@ -189,13 +196,10 @@ def heat(values: Sequence[Sequence[float | None]], rows: Sequence[str], columns:
         axes = figure.add_subplot()
         for y, line in enumerate(values):
             for x, value in enumerate(line):
-                strength = 0.0 if value is None or top <= 0 else min(1.0, value / top)
-                axes.add_patch(
-                    Rectangle((x + 0.04, y + 0.06), 0.92, 0.88, color=_HEAT, alpha=0.05 + 0.95 * strength, linewidth=0)
-                )
+                strength = heat_strength(0.0 if value is None or top <= 0 else min(1.0, value / top))
+                axes.add_patch(Rectangle((x + 0.04, y + 0.06), 0.92, 0.88, color=_HEAT, alpha=strength, linewidth=0))
                 if value is not None:
-                    # On strong colour the page's own surface is what can be read.
-                    ink = _SURFACE if strength > 0.6 else _INK
+                    ink = _ON_STRONG if strength > HEAT_TURNS else _ON_PALE
                     axes.text(x + 0.5, y + 0.52, _three(value), ha="center", va="center", fontsize=8, color=ink)
         axes.set_xlim(0, len(columns))
         axes.set_ylim(len(rows), 0)
