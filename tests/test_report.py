@@ -13,6 +13,7 @@ import os
 import re
 import subprocess
 import sys
+from dataclasses import replace
 from datetime import timedelta
 from html.parser import HTMLParser
 from pathlib import Path
@@ -435,9 +436,16 @@ def doubt_of(tmp_path: Path, engine: str, shifts: dict[str, float]) -> tuple[str
 
 def test_lanes_shared_by_methods_are_no_clock_and_the_claim_about_time_says_so(tmp_path):
     doubt, page = doubt_of(tmp_path, "lanes", {"lora0": 0, "fw_lora0": 0, "lora1": 5, "fw_lora1": 5})
-    assert doubt.startswith("4 of 4 runs trained in lanes at the same time as runs of other methods")
+    assert doubt.startswith("4 of 4 runs trained in lanes while runs of other methods or tasks trained too")
     assert page.text.count("No fair clock:") == 2, "in the section on time, and at the claim about time"
     assert "No fair clock" in (tmp_path / "report.md").read_text()
+
+
+def test_the_headline_says_when_verdicts_about_time_have_no_fair_clock(full, analysis):
+    assert sum(v.claim.is_ratio and v.state != "undecided" for v in analysis.verdicts) == 1
+    assert "clock" not in views.headline(analysis)
+    told = views.headline(replace(analysis, seconds_doubt="the machine was shared"))
+    assert "; 1 of these verdicts is about time, by no fair clock; " in told
 
 
 @pytest.mark.parametrize(

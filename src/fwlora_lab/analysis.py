@@ -353,9 +353,9 @@ def seconds_doubt(records: Sequence[Record]) -> str:
     said = []
     if mixed:
         said.append(
-            f"{len(mixed)} of {len(records)} runs trained in lanes at the same time as runs of other methods or tasks. "
-            "Their seconds are an even share of what all lanes took together: good for planning, no measure of one "
-            "method against another."
+            f"{len(mixed)} of {len(records)} runs trained in lanes while runs of other methods or tasks trained too. "
+            "Their seconds are an even share of what all lanes took together, or were measured beside another process: "
+            "good for planning, no measure of one method against another."
         )
     if busy:
         said.append(

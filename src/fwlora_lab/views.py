@@ -87,11 +87,16 @@ def headline(analysis: Analysis) -> str:
             f"of {n} claim{'s' * (n > 1)} {fails} fail{'s' * (fails == 1)}, {open_} {'is' if open_ == 1 else 'are'} "
             f"undecided and {holds} hold{'s' * (holds == 1)}"
         )
+    clocked = sum(v.claim.is_ratio and v.state != "undecided" for v in analysis.verdicts)
+    if clocked and analysis.seconds_doubt:
+        parts.append(f"{clocked} of these verdicts {'is' if clocked == 1 else 'are'} about time, by no fair clock")
     told, silent = [], 0
     for group in analysis.groups:
         for c in group.comparisons:
             p = analysis.adjusted_p(group, c.method)
-            if c.mean is None or p is None or p >= 1 - LEVEL:
+            if c.mean is None:  # no pairs
+                continue
+            if p is None or p >= 1 - LEVEL:
                 silent += 1
                 continue
             gap = f"{points(abs(c.mean))} points {'below' if c.mean < 0 else 'above'} {c.reference}"
