@@ -58,7 +58,7 @@ class TaskPart(_Block):
 
 
 class MethodPart(_Block):
-    """Overrides that make the base run this method; `space`: what is searched besides the space of all methods."""
+    """Overrides that make the base run this method; `space`: what is searched besides, or in place of, all methods'."""
 
     about: str
     set: list[str]
