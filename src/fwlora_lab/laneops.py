@@ -95,7 +95,6 @@ class Adapter:
     grad_b: Tensor
     scale: Tensor
     grad_e: Tensor | None
-    watch: Callable[[Tensor, Tensor], None] | None
 
 
 class _AdaptedLinear(torch.autograd.Function):
@@ -108,6 +107,7 @@ class _AdaptedLinear(torch.autograd.Function):
         bias: Tensor | None,
         adapters: Sequence[Adapter],
         masks: Sequence[Tensor | None],
+        watch: Callable[[Tensor, Tensor], None] | None,
     ) -> Tensor:
         y = functional.linear(x, weight, bias)
         saved: list[Tensor | None] = [x]
@@ -116,7 +116,7 @@ class _AdaptedLinear(torch.autograd.Function):
             low = z * adapter.c
             y[..., adapter.columns].baddbmm_(low, adapter.b)
             saved += [mask, low, z if adapter.grad_e is not None else None]
-        ctx.adapters, ctx.weight = adapters, weight
+        ctx.adapters, ctx.weight, ctx.watch = adapters, weight, watch
         ctx.save_for_backward(*saved)
         return y
 
@@ -126,6 +126,8 @@ class _AdaptedLinear(torch.autograd.Function):
         x, *saved = ctx.saved_tensors
         gx = None
         with torch.no_grad():
+            if ctx.watch is not None:
+                ctx.watch(g, x)
             if ctx.needs_input_grad[0]:
                 gx = torch.mm(g.flatten(0, 1), ctx.weight).view_as(x)
             for i, adapter in enumerate(ctx.adapters):
@@ -138,15 +140,13 @@ class _AdaptedLinear(torch.autograd.Function):
                     adapter.grad_e.add_((gb * z).sum(1) * adapter.scale)
                 gz = gb * adapter.c
                 adapter.grad_a.baddbmm_(gz.mT, x if mask is None else x * mask)
-                if adapter.watch is not None:
-                    adapter.watch(own, x)
                 if gx is None:
                     continue
                 if mask is None:
                     gx.baddbmm_(gz, adapter.a)
                 else:
                     gx.addcmul_(torch.bmm(gz, adapter.a), mask)
-        return gx, None, None, None, None, None
+        return gx, None, None, None, None, None, None
 
 
 def adapted_linear(
@@ -156,14 +156,14 @@ def adapted_linear(
     bias: Tensor | None,
     adapters: Sequence[Adapter],
     masks: Sequence[Tensor | None],
+    watch: Callable[[Tensor, Tensor], None] | None,
 ) -> Tensor:
     """`y_e = x_e Wᵀ + bias`, and `+ ((x_e ∘ mask_e) A_eᵀ ∘ c_e) B_eᵀ` in each adapter's columns; x [E, N, d_in].
 
     W [d_out, d_in] is frozen. The backward pass adds ∂L/∂A, ∂L/∂B (and ∂L/∂Λ) to the adapters' gradients and calls
-    `adapter.watch(∂L/∂y, x)`. `anchor` is any tensor that requires a gradient: it keeps the node in the graph where
-    x does not.
+    `watch(∂L/∂y, x)`. `anchor` is any tensor that requires a gradient: it keeps the node in the graph where x does not.
     """
-    return _AdaptedLinear.apply(x, anchor, weight, bias, adapters, masks)  # type: ignore[return-value]
+    return _AdaptedLinear.apply(x, anchor, weight, bias, adapters, masks, watch)  # type: ignore[return-value]
 
 
 class _AddDropped(torch.autograd.Function):

@@ -136,9 +136,10 @@ class LaneLinear(nn.Module):
         lanes = self._lanes[0]
         if not self.adapted:
             return functional.linear(x, self.weight, self.bias)
-        adapters = [lanes.adapter(name, columns, self.sentences) for name, columns in self.adapted]
+        adapters = [lanes.adapter(name, columns) for name, columns in self.adapted]
         masks = [lanes.adapter_mask(x, self.sentences) for _ in adapters]
-        return adapted_linear(x, lanes.anchor, self.weight, self.bias, adapters, masks)
+        watch = partial(lanes.watch, self) if lanes.watching else None
+        return adapted_linear(x, lanes.anchor, self.weight, self.bias, adapters, masks, watch)
 
 
 class LaneDropout(nn.Module):
@@ -454,15 +455,18 @@ class Lanes:
         """The rows [E, …] of the lanes in this pass."""
         return t if self._chosen is None else t[self._chosen]
 
-    def adapter(self, name: str, columns: slice, sentences: bool) -> Adapter:
+    def adapter(self, name: str, columns: slice) -> Adapter:
         """The factors of a target for the lanes in this pass."""
         a, b, *spectrum = map(self.of_present, self.factors[name])
         grad_a, grad_b, *grad_e = self._factor_grads[name]
         scale = self.of_present(self.scales)
         c = scale * spectrum[0][:, None] if spectrum else scale
-        watches = self._plan is not None and self._plan.watching
-        sink = partial(self._watch, name, sentences) if watches else None
-        return Adapter(columns, a, b, c, grad_a, grad_b, scale[:, 0], grad_e[0] if grad_e else None, sink)
+        return Adapter(columns, a, b, c, grad_a, grad_b, scale[:, 0], grad_e[0] if grad_e else None)
+
+    @property
+    def watching(self) -> bool:
+        """Whether a lane's Fisher energy is taken in this pass."""
+        return self._plan is not None and bool(self._plan.watching)
 
     def adapter_mask(self, x: Tensor, sentences: bool) -> Tensor | None:
         """Dropout of the adapters' input [E, N, d] or [E, b, d], divided by 1 − p; None where there is none."""
@@ -656,26 +660,32 @@ class Lanes:
                 ).T
         return probes
 
-    def _watch(self, name: str, sentences: bool, g: Tensor, x: Tensor) -> None:
-        """Note the step's Fisher energy of one target [E], 0 where none is taken.
+    def watch(self, linear: LaneLinear, g: Tensor, x: Tensor) -> None:
+        """Note the step's Fisher energies [E] of the targets of `linear`, 0 where none is taken.
 
-        g [E, N, d_out], x [E, N, d_in], or with `sentences` [E, b, …], a row a sentence.
+        g [E, N, d_out], x [E, N, d_in], or with `linear.sentences` [E, b, …], a row a sentence.
         """
         assert self._packed is not None and self._plan is not None
+        squares = None
         if self._plan.probes:
             sketch = torch.bmm(torch.bmm(x, self._plan.probes[x.shape[-1]].mT).mT, g)
-            energies = sketch.to(self.dtype).square().sum((1, 2)) / self._columns
-        else:
-            energies = torch.zeros(len(self.lanes), dtype=self.dtype, device=self.device)
-        for e in self._plan.watching:
-            fw, n = self.lanes[e].settings.fw, (self._packed.sentences if sentences else self._packed.counts)[e]
-            assert fw is not None
-            if fw.estimator == "exact":
-                energies[e] = estimators.weight_gradient(g[e, :n], x[e, :n]).square().sum()
-            elif fw.estimator == "per_example":
-                rows = g[e, :n, None], x[e, :n, None]
-                energies[e] = estimators.per_example_energy(*rows) if sentences else self._per_example(e, g, x)
-        self._energies[name] = energies
+            squares = sketch.to(self.dtype).square().sum(1)
+        counts = self._packed.sentences if linear.sentences else self._packed.counts
+        for name, columns in linear.adapted:
+            if squares is not None:
+                energies = squares[:, columns].sum(1) / self._columns
+            else:
+                energies = torch.zeros(len(self.lanes), dtype=self.dtype, device=self.device)
+            for e in self._plan.watching:
+                fw, n = self.lanes[e].settings.fw, counts[e]
+                assert fw is not None
+                if fw.estimator == "exact":
+                    energies[e] = estimators.weight_gradient(g[e, :n, columns], x[e, :n]).square().sum()
+                elif fw.estimator == "per_example" and linear.sentences:
+                    energies[e] = estimators.per_example_energy(g[e, :n, None, columns], x[e, :n, None])
+                elif fw.estimator == "per_example":
+                    energies[e] = self._per_example(e, g[..., columns], x)
+            self._energies[name] = energies
 
     def _per_example(self, lane: int, g: Tensor, x: Tensor) -> Tensor:
         assert self._packed is not None
