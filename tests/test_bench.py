@@ -238,8 +238,9 @@ def test_the_command_prints_one_object_a_line(world, monkeypatch, capsys):
     monkeypatch.setattr(bench, "backbone_of", tiny)
     monkeypatch.setattr(bench, "_SECONDS", {True: 0.0})
     monkeypatch.setattr(Floor, "_LEAST", 1e-3)
+    cpu = torch.get_num_threads() == 1
     monkeypatch.setattr(bench, "PADDED", 64)
-    assert bench.bench("cola", "minilm", None, quick=True, as_json=True) == 0
+    assert bench.bench("cola", "minilm", None, quick=True, cpu_time=cpu, as_json=True) == 0
     out, err = capsys.readouterr()
     rows = [json.loads(line) for line in out.splitlines()]
     assert [row["name"] for row in rows] == NAMES
@@ -247,7 +248,7 @@ def test_the_command_prints_one_object_a_line(world, monkeypatch, capsys):
         assert list(row) == ["name", "ratio", "low", "high", "target", "met"]
         assert 0 < row["low"] <= row["ratio"] <= row["high"] and isinstance(row["met"], bool)
     assert all(name in err for name in NAMES)
-    assert "MiB a lane" in err and "best matrix product" in err
+    assert ("CPU time" in err) == cpu and "MiB a lane" in err and "best matrix product" in err
     if not rows[0]["met"]:
         assert "The control is off by" in err
 
@@ -272,6 +273,13 @@ def test_a_number_of_threads_that_cannot_be_ends_in_one_message(word, capsys):
     assert main(["bench", f"--threads={word}"]) == 2
     err = capsys.readouterr().err
     assert err.count("\n") == 1 and "--threads" in err and "whole number" in err
+
+
+def test_cpu_time_is_that_of_one_thread(monkeypatch, capsys):
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
+    assert main(["bench", "--cpu-time"]) == 2
+    err = capsys.readouterr().err
+    assert err.count("\n") == 1 and "--threads 1" in err
 
 
 def test_an_unknown_task_names_the_known_ones(capsys):

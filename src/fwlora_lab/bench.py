@@ -42,6 +42,7 @@ from transformers import (
 
 from fwlora_lab.backbones import Backbone, build_classifier, load_backbone
 from fwlora_lab.compose import load_run
+from fwlora_lab.errors import UserError
 from fwlora_lab.lanes import Lanes
 from fwlora_lab.methods import build_arm, initial_ranks, lane_settings
 from fwlora_lab.packing import Packed, Shape, pack, pack_shaped, shape_of
@@ -177,6 +178,7 @@ class Course:
     table: TokenTable
     batches: Sequence[Tensor]
     device: torch.device
+    clock: Callable[[], float] = time.perf_counter
     spec: TaskSpec = field(
         default=TaskSpec("bench", "classification", ("0", "1"), 1, ("accuracy",), "accuracy"), repr=False
     )
@@ -263,12 +265,12 @@ class Ours:
 
     def train(self, batches: Sequence[Tensor]) -> float:
         rates = [self.course.cfg.training.learning_rate] * self.width
-        start = time.perf_counter()
+        start = self.course.clock()
         losses = [
             self.engine.step(self.pack(batches[i : i + self.width]), rates) for i in range(0, len(batches), self.width)
         ]
         self.course.wait()
-        seconds = time.perf_counter() - start
+        seconds = self.course.clock() - start
         self.losses = torch.cat(losses).tolist()
         return seconds
 
@@ -292,7 +294,7 @@ class Plain:
     def train(self, batches: Sequence[Tensor]) -> float:
         arm, training, pad = self.arm, self.course.cfg.training, cast(int, self.course.backbone.tokenizer.pad_token_id)
         losses = []
-        start = time.perf_counter()
+        start = self.course.clock()
         for index in batches:
             batch = collate(self.table, index.to(self.course.device), pad, "longest", PADDED)
             with _autocast(self.course.device):
@@ -305,7 +307,7 @@ class Plain:
             arm.optimizer.zero_grad()
             losses.append(loss.detach())
         self.course.wait()
-        seconds = time.perf_counter() - start
+        seconds = self.course.clock() - start
         self.losses = torch.stack(losses).tolist()
         return seconds
 
@@ -376,11 +378,11 @@ class _EpochClock(TrainerCallback):
 
     def on_epoch_begin(self, *_: Any, **__: Any) -> None:
         self.course.wait()
-        self._started = time.perf_counter()
+        self._started = self.course.clock()
 
     def on_epoch_end(self, *_: Any, **__: Any) -> None:
         self.course.wait()
-        self.seconds = time.perf_counter() - self._started
+        self.seconds = self.course.clock() - self._started
 
 
 class Floor:
@@ -407,11 +409,12 @@ class Floor:
         a, b = self._factors[shape]
         torch.mm(a, b)
         self.course.wait()
-        times, start = [], time.perf_counter()
-        while (began := time.perf_counter()) - start < self._LEAST:
+        clock = self.course.clock
+        times, start = [], clock()
+        while (began := clock()) - start < self._LEAST:
             torch.mm(a, b)
             self.course.wait()
-            times.append(time.perf_counter() - began)
+            times.append(clock() - began)
         return float(np.median(times)) / (2.0 * shape[0] * shape[1] * shape[2])
 
     def train(self, batches: Sequence[Tensor]) -> float:
@@ -591,21 +594,30 @@ def run_bench(course: Course, quick: bool, say: Callable[[str], object]) -> Resu
 # --- the command --------------------------------------------------------------------------------
 
 
-def bench(task: str, backbone: str, threads: int | None, quick: bool, as_json: bool) -> int:
-    """Measure and print: a table, or with `as_json` one object a line and the table on standard error."""
+def bench(
+    task: str, backbone: str, threads: int | None, quick: bool = False, cpu_time: bool = False, as_json: bool = False
+) -> int:
+    """Measure and print: a table, or with `as_json` one object a line and the table on standard error.
+
+    Raises:
+        UserError: CPU time is asked for where it is not that of one thread.
+    """
     if threads is not None:
         torch.set_num_threads(threads)
     device = pick_device()
+    if cpu_time and (device.type != "cpu" or torch.get_num_threads() != 1):
+        raise UserError("--cpu-time counts the seconds of one thread of a CPU: add --threads 1, and hide the GPU.")
     console = Console(highlight=False, stderr=as_json, width=None if sys.stdout.isatty() else 140)
     with _quiet(), backbone_of(backbone) as (cfg, found):
         table = token_table(task, found.config)
         batches = epoch_batches(len(table), cfg.training.batch_size, 0, 0)[:-1]
-        course = Course(cfg, found, table, batches, device)
+        course = Course(cfg, found, table, batches, device, time.thread_time if cpu_time else time.perf_counter)
         where = torch.cuda.get_device_name(device) if device.type == "cuda" else cpu_name()
         load = f", load {os.getloadavg()[0]:.1f}" if hasattr(os, "getloadavg") else ""
         console.print(
             f"{backbone}, lengths of {task}, batches of {cfg.training.batch_size}; {where}, "
-            f"{torch.get_num_threads()} threads, torch {torch.__version__}{load}"
+            f"{torch.get_num_threads()} threads, {'CPU' if cpu_time else 'wall-clock'} time, "
+            f"torch {torch.__version__}{load}"
         )
         result = run_bench(course, quick, lambda text: console.print(f"  {text}"))
     if as_json:

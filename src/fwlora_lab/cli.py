@@ -209,6 +209,7 @@ def _parser() -> argparse.ArgumentParser:
         "--backbone", choices=("minilm", "roberta-base"), default="minilm", help="roberta-base: its shape"
     )
     bench.add_argument("--threads", metavar="N", help="of the CPU (as many as there are cores)")
+    bench.add_argument("--cpu-time", action="store_true", help="of one thread, for a machine that others use meanwhile")
     bench.add_argument("--quick", action="store_true", help="fewer blocks, and at most 4 lanes (16 on a GPU)")
     bench.add_argument("--json", action="store_true", help="one object a ratio and line; the table goes to stderr")
     bench.set_defaults(command=_bench)
@@ -416,7 +417,8 @@ def _bench(options: argparse.Namespace) -> int:
         raise UserError(f"--threads {threads}: must be a whole number from 1 to {cores}, the cores of this machine.")
     from fwlora_lab.bench import bench
 
-    return bench(options.task, options.backbone, int(threads) if threads else None, options.quick, options.json)
+    threads = int(threads) if threads else None
+    return bench(options.task, options.backbone, threads, options.quick, options.cpu_time, options.json)
 
 
 def _doctor(options: argparse.Namespace) -> int:
