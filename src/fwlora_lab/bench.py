@@ -501,17 +501,16 @@ def run_bench(course: Course, quick: bool, say: Callable[[str], object]) -> Resu
         center, low, high = interval(terms, generator)
         result.notes.append(f"{text}: {center:.4g}{unit} ({low:.4g} to {high:.4g})")
 
-    def group(title: str, share: float, size: int, contestants: Callable[[], Mapping[str, Contestant]], least: int = 3):
+    def group(title: str, share: float, size: int, make: Callable[[], Mapping[str, Contestant]], least: int):
         gc.collect()
         began = time.perf_counter()
-        made = contestants()
-        times = measure(made, course.batches, size, share * seconds, least)
+        times = measure(make(), course.batches, size, share * seconds, least)
         blocks = len(next(iter(times.values())))
         took = time.perf_counter() - began
         say(f"{title}: {blocks} blocks of {size} x {course.cfg.training.batch_size} examples, {took:.0f} s")
-        return times, made
+        return times
 
-    times, _ = group(
+    times = group(
         "ours, steady and warm-up",
         0.36,
         1,
@@ -521,6 +520,7 @@ def run_bench(course: Course, quick: bool, say: Callable[[str], object]) -> Resu
             "steady": Ours(course, "fw_lora"),
             "watching": Ours(course, "fw_lora", warmup=_NEVER - 1),
         },
+        least=3,
     )
     lora = times["lora"]
     add("aa_control", times["control"] / lora)
@@ -530,62 +530,68 @@ def run_bench(course: Course, quick: bool, say: Callable[[str], object]) -> Resu
     note("a step of our LoRA, one lane", 1e3 * lora, unit=" ms")
     note("a step of the warm-up / LoRA, ours, sketch", times["watching"] / lora)
 
-    times, _ = group(
+    times = group(
         "plain PEFT",
         0.18,
         1,
-        lambda: {"lora": Plain(course), "control": Plain(course), "attach": Plain(course, "fw_lora")},
+        lambda: (
+            {"lora": Plain(course), "attach": Plain(course, "fw_lora")} | ({} if quick else {"control": Plain(course)})
+        ),
+        least=2 if quick else 3,
     )
     add("attach_steady", times["attach"] / times["lora"])
     note("a step of plain PEFT LoRA, batches padded to their longest", 1e3 * times["lora"], unit=" ms")
-    note("plain PEFT LoRA / plain PEFT LoRA", times["control"] / times["lora"])
+    if not quick:
+        note("plain PEFT LoRA / plain PEFT LoRA", times["control"] / times["lora"])
 
-    times, _ = group(
+    times = group(
         "AdaLoRA",
         0.12,
         1,
-        lambda: {
-            "lora": Ours(course),
-            "adalora": Ours(course, "adalora"),
-            "plain": Plain(course),
-            "peft": Plain(course, "adalora"),
-        },
+        lambda: (
+            {"lora": Ours(course), "adalora": Ours(course, "adalora")}
+            | ({} if quick else {"plain": Plain(course), "peft": Plain(course, "adalora")})
+        ),
+        least=2 if quick else 3,
     )
     add("adalora_over_lora", times["adalora"] / times["lora"])
-    note("PEFT's AdaLoRA / PEFT's LoRA, plain loop", times["peft"] / times["plain"])
-    note("PEFT's LoRA, plain loop / ours, one lane", times["plain"] / times["lora"])
-    note("PEFT's AdaLoRA, plain loop / ours, one lane", times["peft"] / times["adalora"])
+    if not quick:
+        note("PEFT's AdaLoRA / PEFT's LoRA, plain loop", times["peft"] / times["plain"])
+        note("PEFT's LoRA, plain loop / ours, one lane", times["plain"] / times["lora"])
+        note("PEFT's AdaLoRA, plain loop / ours, one lane", times["peft"] / times["adalora"])
 
     at_once = _AT_ONCE[device]
     counts = [1, at_once] if quick else [1, 4, 8, 16]
-    times, made = group(
-        "lanes", 0.16, max(counts), lambda: {**{str(e): Ours(course, lanes=e) for e in counts}, "floor": Floor(course)}
-    )
+    size = max(counts)
+    ours, floor = {e: Ours(course, lanes=e) for e in counts}, Floor(course)
+    named = {**{str(e): contestant for e, contestant in ours.items()}, "floor": floor}
+    times = group("lanes", 0.16, size, lambda: named, least=2 if quick else 3)
     # Seconds for the same batches: what a step of e lanes costs is e times as much as its share.
     per_run = {e: times[str(e)] / times["1"] for e in counts}
     best = min(counts, key=lambda e: float(np.median(per_run[e])))
-    cost = at_once * per_run[at_once]
     for e in counts:
         note(f"a run in {e} lanes / a run in one", per_run[e])
         note(f"share of the best matrix product's rate, {e} lanes", times["floor"] / times[str(e)])
-        memory = cast(Ours, made[str(e)]).memory(course.batches) / 2**20
+        memory = ours[e].memory(course.batches) / 2**20
         result.notes.append(f"memory of a training step, {e} lanes: {memory:.0f} MiB a lane, the frozen encoder apart")
-    floor = cast(Floor, made["floor"])
-    rate = np.array([course.flops(course.batches[: max(counts)])]) / floor.train(course.batches[: max(counts)])
-    result.notes.append(f"best matrix product: {'x'.join(map(str, floor.shape))}, {1e-9 * rate[0]:.0f} GFLOP/s")
+    rate = 1e-9 * course.flops(course.batches[:size]) / floor.train(course.batches[:size])
+    result.notes.append(f"best matrix product: {'x'.join(map(str, floor.shape))}, {rate:.0f} GFLOP/s")
     share = times["floor"] / times[str(best)]
-    del made, floor
+    del ours, floor, named
 
-    times, _ = group("the usual", 0.10, 1, lambda: {"ours": Ours(course), "usual": Usual(course)}, 2)
+    times = group("the usual", 0.10, 1, lambda: {"ours": Ours(course), "usual": Usual(course)}, least=1 if quick else 2)
     add("usual_over_ours_one_lane", times["usual"] / times["ours"])
     add("usual_over_ours_best", times["usual"] / times["ours"], 1 / per_run[best])
-    add("lanes_cost", cost)
+    add("lanes_cost", at_once * per_run[at_once])
     add("matmul_share", share)
     result.notes.append(f"best number of lanes: {best}")
 
-    size = 16 if quick else 50
-    times, _ = group(
-        "length-grouped Trainer", 0.08, size, lambda: {"ours": Ours(course), "grouped": Usual(course, grouped=True)}, 1
+    times = group(
+        "length-grouped Trainer",
+        0.08,
+        4 if quick else 50,  # batches among which it groups
+        lambda: {"ours": Ours(course), "grouped": Usual(course, grouped=True)},
+        least=1,
     )
     note("Trainer + PEFT, length-grouped, padded to the longest / ours, one lane", times["grouped"] / times["ours"])
     return result

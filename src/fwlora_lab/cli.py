@@ -210,7 +210,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     bench.add_argument("--threads", metavar="N", help="of the CPU (as many as there are cores)")
     bench.add_argument("--cpu-time", action="store_true", help="of one thread, for a machine that others use meanwhile")
-    bench.add_argument("--quick", action="store_true", help="fewer blocks, and at most 4 lanes (16 on a GPU)")
+    bench.add_argument("--quick", action="store_true", help="fewer blocks, 4 lanes (16 on a GPU), not PEFT's AdaLoRA")
     bench.add_argument("--json", action="store_true", help="one object a ratio and line; the table goes to stderr")
     bench.set_defaults(command=_bench)
 
