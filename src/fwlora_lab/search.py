@@ -38,7 +38,7 @@ from optuna.pruners import BasePruner
 from optuna.samplers import BaseSampler
 from optuna.trial import FrozenTrial, Trial, TrialState
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 from fwlora_lab.errors import UserError
 from fwlora_lab.launch import launch
@@ -417,6 +417,7 @@ class _Watch:
             line = f"[{len(self._seen & {t.number for t in done})}/{self._n_trials}] {_told(trial)}"
             self._print(line if self._progress is not None else f"{line} | {state}{self._time_left(len(done))}")
         if self._progress is not None:
+            state = f"{len(done)}/{self._n_trials} done {state}"  # the bar also has the parts of those that run
             self._progress.update(self._bar, completed=min(len(done) + part, self._n_trials), state=state)
 
     def _time_left(self, done: int) -> str:
@@ -447,8 +448,7 @@ def _display() -> Iterator[Progress | None]:
         return
     columns = (
         TextColumn("{task.description}"),
-        BarColumn(bar_width=None),
-        MofNCompleteColumn(),
+        BarColumn(bar_width=20),
         TextColumn("{task.fields[state]}"),
         TimeRemainingColumn(),
     )
