@@ -150,6 +150,17 @@ def test_the_search_is_the_same_every_time(world):
     assert [(t.params, t.value) for t in trials_of(one)] == [(t.params, t.value) for t in trials_of(two)]
 
 
+def test_a_list_of_search_spaces_is_the_same_search(world):
+    named = [
+        {"param_name": "learning_rate", "distribution_type": "loguniform", "low": 1e-4, "high": 1e-1},
+        {"param_name": "lora_rank", "distribution_type": "categorical", "choices": [1, 2, 4]},
+    ]
+    block = {"n_trials": 3, "search_spaces": named}
+    one = Search.of(config(world))
+    two = Search.of(world.config("lora", optuna=block, training__engine="lanes"))
+    assert one.space() == two.space() and one.identity("d") == two.identity("d")
+
+
 def test_minimising_finds_the_least(world):
     cfg = config(world, optuna__direction="minimize", optuna__n_trials=4)
     run_search(cfg)
