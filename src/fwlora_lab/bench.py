@@ -565,7 +565,7 @@ def run_bench(course: Course, quick: bool, say: Callable[[str], object]) -> Resu
     size = max(counts)
     ours, floor = {e: Ours(course, lanes=e) for e in counts}, Floor(course)
     named = {**{str(e): contestant for e, contestant in ours.items()}, "floor": floor}
-    times = group("lanes", 0.16, size, lambda: named, least=2 if quick else 3)
+    times = group("lanes", 0.16, size, lambda named=named: named, least=2 if quick else 3)
     # Seconds for the same batches: what a step of e lanes costs is e times as much as its share.
     per_run = {e: times[str(e)] / times["1"] for e in counts}
     best = min(counts, key=lambda e: float(np.median(per_run[e])))
