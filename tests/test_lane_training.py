@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from peft import PeftModel
 from tiny import World
+from transformers import AutoTokenizer, ModernBertConfig, ModernBertForMaskedLM
 
 from fwlora_lab import train as loop
 from fwlora_lab.backbones import build_classifier, load_backbone
@@ -149,6 +150,23 @@ def test_batches_of_one_shape_as_on_a_gpu_train_the_same(world, monkeypatch, met
         assert a.status == b.status == "complete", b.error
         one, other = logits(world, a.run_id, a.seed), logits(world, b.run_id, b.seed)
         np.testing.assert_allclose(one, other, rtol=1e-3, atol=1e-4)
+
+
+def test_what_has_no_lanes_trains_padded_and_says_so(world, tmp_path):
+    folder = tmp_path / "modernbert"
+    tokenizer = AutoTokenizer.from_pretrained(world.backbone)
+    tokenizer.save_pretrained(folder)
+    special = {f"{k}_token_id": getattr(tokenizer, f"{k}_token_id") for k in ("pad", "cls", "sep")}
+    size = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32}
+    config = ModernBertConfig(vocab_size=len(tokenizer), max_position_embeddings=64, **size, **special)
+    ModernBertForMaskedLM(config).save_pretrained(folder)
+    events = []
+    cfg = lanes(world, "fw_lora", model__pretrained_id=str(folder))
+    (record,) = train_cohort([Planned(cfg, 0)], events.append)
+    assert record.status == "complete", record.error
+    said = [e.text for e in events if isinstance(e, Note)]
+    assert any("lanes does not know modernbert" in text and "padded batches" in text for text in said)
+    assert any("lanes does not know modernbert" in text for text in record.warnings)
 
 
 @pytest.mark.parametrize(("free", "expected"), [(1.0, 1), (float("inf"), 4)])

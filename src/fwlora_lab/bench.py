@@ -39,6 +39,7 @@ from transformers import (
     TrainerCallback,
     TrainingArguments,
 )
+from transformers.utils.logging import disable_progress_bar, enable_progress_bar
 
 from fwlora_lab.backbones import Backbone, build_classifier, load_backbone
 from fwlora_lab.compose import load_run
@@ -661,7 +662,14 @@ def _show(result: Result, device: str, console: Console) -> None:
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    logging.getLogger("transformers").setLevel(logging.ERROR)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        yield
+    logger = logging.getLogger("transformers")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    disable_progress_bar()
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        enable_progress_bar()
+        logger.setLevel(level)
