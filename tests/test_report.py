@@ -595,6 +595,19 @@ def test_every_figure_says_its_numbers(analysis):
     )
 
 
+def test_a_mean_curve_ends_where_a_seed_ends(small):
+    """Over the epochs that all seeds have: a mean over fewer would jump."""
+    cfg = made_up.config(small, "cola", "fw_lora")
+    made = made_up.record(cfg, 3, 0.57)
+    made_up.write(small, cfg, made.model_copy(update={"epochs": made.epochs[:2]}))
+    score, _ = views.curve_pictures(analyse(read_study(small)))
+    told = {part.split()[0]: part for part in score.text.split(": ", 1)[1].replace("each epoch. ", "").split("; ")}
+    assert "after epoch 2" in told["fw_lora"] and "after epoch 3" not in told["fw_lora"]
+    assert "53.00 after epoch 3" in score.text, "LoRA's goes on"
+    rows = [r for r in csv.DictReader(score.csv.splitlines()) if r["method"] == "fw_lora"]
+    assert len(rows) == 3 + 3 + 3 + 2
+
+
 def test_method_colours_are_the_same_everywhere(full, analysis, drawn):
     """By the order of the plan's cells: lora --m0, adalora --m1, fw_lora --m2, uniform --m3."""
     assert analysis.methods == ["lora", "adalora", "fw_lora", "uniform"]
@@ -643,6 +656,11 @@ def test_airas_proposed_runs_are_those_that_say_so(tmp_path):
     assert found["best_proposed"]["run_id"] == "proposed-cola"
     assert found["best_baseline"]["run_id"] == "comparative-2-cola"
     assert found["gap"] == pytest.approx(100 * (0.4775 - 0.54) / 0.54)
+
+
+def test_the_gap_to_a_baseline_below_zero_keeps_its_sign(tmp_path):
+    made_up.study(tmp_path, {"cola": {"lora": [-0.10, -0.10], "fw_lora": [-0.05, -0.05]}})
+    assert aggregated_metrics(analyse(read_study(tmp_path)))["gap"] == pytest.approx(50)
 
 
 def test_latex_escapes():
