@@ -5,6 +5,7 @@ pytest tests/test_study.py
 
 from __future__ import annotations
 
+import io
 import json
 import multiprocessing
 import os
@@ -13,17 +14,21 @@ import signal
 import time
 from pathlib import Path
 
+import made_up
 import numpy as np
 import pytest
 import yaml
+from rich.console import Console
 from tiny import World
 
 from fwlora_lab import study as studies
 from fwlora_lab.cli import main
 from fwlora_lab.errors import UserError
-from fwlora_lab.records import find_records, load_plan, load_predictions, load_record
+from fwlora_lab.progress import StudyBoard
+from fwlora_lab.records import Failure, find_records, load_plan, load_predictions, load_record
 from fwlora_lab.runconfig import to_yaml
 from fwlora_lab.study import available_studies, estimate, load_study, plan_study, read_words, run_study
+from fwlora_lab.train import Note, RunFailed, RunFinished, RunStarted, StepDone
 from fwlora_lab.train import train_cohort as really_train
 
 # A server process that has imported everything: each study is a fork of it, and starts at once.
@@ -288,6 +293,31 @@ def test_the_dry_run_says_what_is_left_and_trains_nothing(world, capsys):
     assert sorted(world.results.rglob("*")) == before
     record = find_records(world.results)[0]
     assert rows[1].seconds / 3 < 30 * (record.times.train_seconds + record.times.eval_seconds)
+
+
+def test_the_board_shows_every_seed_and_running_means(tmp_path, capsys):
+    cfg = made_up.config(tmp_path, "cola", "lora")
+    board = StudyBoard({cfg.run_id: "cola 0.2 % lora"}, range(10), 9)
+    board.there(made_up.record(cfg, 0, 0.4))
+    board.hear(RunStarted(cfg.run_id, 1, "lora", 100, 3, 0, 9))
+    board.hear(StepDone(cfg.run_id, 1, 40, 100, 0.5, "steady", 10.0))
+    board.hear(RunFinished(cfg.run_id, 2, made_up.record(cfg, 2, 0.5), trained=True))
+    failed = made_up.record(cfg, 3, 0.0).model_copy(
+        update={"error": Failure(type="E", message="diverged", traceback="")}
+    )
+    board.hear(RunFailed(cfg.run_id, 3, failed))
+    board.hear(Note(cfg.run_id, 3, "once"))
+    board.hear(Note(cfg.run_id, 4, "once"))
+    said = capsys.readouterr().out.splitlines()
+    assert said[0].startswith("[1/9] cola 0.2 % lora seed 2: 0.5000 (mean of 2: 0.4500)")
+    assert said[1].startswith("[2/9] cola 0.2 % lora seed 3: FAILED: diverged")
+    assert said[2:] == ["  note: once"]
+    console = Console(width=150, record=True, file=io.StringIO())
+    console.print(board._render())
+    head, row, note, state = (line.split() for line in console.export_text().splitlines())
+    assert head[0] == "matthews_correlation" and head[-4:] == ["more", "mean", "±", "sd"]
+    assert row[4:] == ["0.4000", "40%", "0.5000", "failed", "·", "·", "·", "·", "0/2", "0.4500", "±", "0.0707"]
+    assert note == ["note:", "once"] and state[:5] == ["2", "of", "9", "runs", "trained,"]
 
 
 # --- killed, stopped, in several processes ------------------------------------------------------

@@ -30,7 +30,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from fwlora_lab.compose import CONF, load_run, parse_seeds, read_file
 from fwlora_lab.errors import UserError
 from fwlora_lab.progress import StudyBoard
-from fwlora_lab.records import Record, StudyCell, StudyPlan, differences, load_record, status_of, write_plan
+from fwlora_lab.records import Record, RunDir, StudyCell, StudyPlan, differences, load_record, status_of, write_plan
 from fwlora_lab.runconfig import Dimension, RunConfig, issues_of, listing, nearest, with_values
 from fwlora_lab.search import Search, best_of, run_search
 from fwlora_lab.tasks import load_task
@@ -376,7 +376,7 @@ def run_study(plan: Plan, jobs: int = 1) -> list[Record]:
     for cell in plan.cells:
         for seed in plan.seeds:
             if status_of(cell.cfg, seed, data[cell.task]) == "complete":
-                board.there(_record_of(cell, seed))
+                board.there(load_record(_folder(cell, seed)))
     if cohorts:
         with board.live():
             if jobs == 1:
@@ -384,16 +384,11 @@ def run_study(plan: Plan, jobs: int = 1) -> list[Record]:
                     train_cohort(cohort, board.hear)
             else:
                 _in_processes(cohorts, min(jobs, len(cohorts)), board.hear)
-    return [_record_of(cell, seed) for cell in plan.cells for seed in plan.seeds]
+    return [load_record(_folder(cell, seed)) for cell in plan.cells for seed in plan.seeds]
 
 
-def _record_of(cell: Cell, seed: int) -> Record:
-    return load_record(plan_path(cell.cfg, seed))
-
-
-def plan_path(cfg: RunConfig, seed: int) -> Path:
-    """The folder of a run."""
-    return Path(cfg.results_dir) / cfg.run_id / f"seed-{seed}"
+def _folder(cell: Cell, seed: int) -> Path:
+    return RunDir(cell.cfg.results_dir, cell.cfg.run_id, seed).path
 
 
 def _cohorts(plan: Plan, data: Mapping[str, str]) -> list[list[Planned]]:
@@ -413,7 +408,7 @@ def _cohorts(plan: Plan, data: Mapping[str, str]) -> list[list[Planned]]:
                 for seed in plan.seeds[start : start + at_once]:
                     status = status_of(cell.cfg, seed, data[cell.task])
                     if status == "different":
-                        path = plan_path(cell.cfg, seed)
+                        path = _folder(cell, seed)
                         reasons = differences(cell.cfg, load_record(path), data[cell.task])
                         raise UserError(
                             f"{path} holds a finished run of another kind: {'; '.join(reasons)}. "
