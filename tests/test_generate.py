@@ -115,6 +115,7 @@ def test_names_of_methods_data_and_runs():
         "proposed_fw_lora": "fw_lora",
         "Fisher-Weighted LoRA (FW-LoRA) is a replacement for ordinary LoRA, unlike AdaLoRA: " + "x" * 50: "fw_lora",
         "AdaLoRA": "adalora",
+        "SVD-LoRA": "svd_lora",
         "plain LoRA": "lora",
         "Vanilla LoRA (uniform rank)": "lora",
         "QLoRA": None,
