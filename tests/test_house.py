@@ -166,3 +166,15 @@ def test_nothing_is_fetched_at_import() -> None:
     ]  # needs a GPU's Triton
     done = subprocess.run([sys.executable, "-W", "ignore", "-c", WATCH, *names], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
+
+
+def test_the_method_loads_without_anything_else() -> None:
+    """Also where the packages of the experiments and of the type annotations are not installed."""
+    code = (
+        "import sys\n"
+        "for name in ('jaxtyping', 'beartype', 'hydra', 'pydantic', 'datasets', 'optuna', 'rich'):\n"
+        "    sys.modules[name] = None\n"
+        "import fwlora, fwlora.budget\n"
+        "assert 'transformers.trainer' not in sys.modules\n"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
