@@ -210,6 +210,12 @@ def build_classifier(
     return model
 
 
+def cpu_has_bf16() -> bool:
+    """Whether this CPU multiplies matrices in bf16 by its own instructions; without them bf16 is slower than fp32."""
+    has = getattr(torch.cpu, "get_capabilities", dict)()
+    return bool(has.get("avx512_bf16") or has.get("amx_bf16"))
+
+
 def head_modules(model: PreTrainedModel) -> list[str]:
     """Names, for PEFT's `modules_to_save`, of all that comes after the encoder's last layer.
 

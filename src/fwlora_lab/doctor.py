@@ -12,7 +12,7 @@ from typing import Literal
 import torch
 from huggingface_hub import constants, get_cached_repo_tree
 
-from fwlora_lab.backbones import MINILM_DISTRIBUTION, PINNED, hub_trouble, load_backbone
+from fwlora_lab.backbones import MINILM_DISTRIBUTION, PINNED, cpu_has_bf16, hub_trouble, load_backbone
 from fwlora_lab.errors import UserError
 from fwlora_lab.runconfig import ModelConfig
 from fwlora_lab.tasks import GLUE_REPOSITORY
@@ -64,7 +64,8 @@ def _device() -> list[Line]:
         half = "bf16" if torch.cuda.is_bf16_supported() else "no bf16"
         lines.append(("ok", "device", f"{torch.cuda.get_device_name(0)}, {memory:.0f} GiB, {half}"))
     else:
-        lines.append(("warn", "device", "CPU only: fp32, fit for MiniLM and small data"))
+        precision = "bf16 and fp32" if cpu_has_bf16() else "fp32"
+        lines.append(("warn", "device", f"CPU only: {precision}, fit for MiniLM and small data"))
     usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     threads = torch.get_num_threads()
     status: Status = "ok" if usable is None or threads <= usable else "warn"

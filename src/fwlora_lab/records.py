@@ -53,12 +53,13 @@ class Failure(_Row):
 
 
 class Machine(_Row):
-    """Where a run ran. `device` is the accelerator's name, or "cpu"."""
+    """Where a run ran, and in which precision its encoder computed. `device` is the accelerator's name, or "cpu"."""
 
     cpu: str
     cores: int
     threads: int
     device: str
+    precision: Literal["fp32", "bf16"] = "fp32"
 
 
 class BackboneInfo(_Row):

@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from fwlora_lab.backbones import Backbone, build_classifier, load_backbone
+from fwlora_lab.backbones import Backbone, build_classifier, cpu_has_bf16, load_backbone
 from fwlora_lab.errors import UserError
 from fwlora_lab.lanes import Lanes, supports
 from fwlora_lab.methods import SPECTRAL, Arm, build_arm, derive, initial_ranks, lane_settings, plan_adapters
@@ -339,8 +339,8 @@ class _Prepared:
         total_steps = cfg.training.epochs * steps_per_epoch(cfg, len(data.train))
         check_warmup(cfg, total_steps, len(data.train))
         notes = [*warnings_of(cfg), *plan_adapters(cfg, backbone, total_steps).warnings]
-        if cfg.training.mixed_precision == "bf16" and self.device.type == "cpu":
-            notes.append("training.mixed_precision=bf16 is for GPUs: on this CPU the run trains in fp32.")
+        if cfg.training.mixed_precision == "bf16" and not in_bf16(cfg, self.device):
+            notes.append("training.mixed_precision=bf16: this CPU has no instructions for it; the run trains in fp32.")
         if cfg.training.engine == "lanes" and supports(backbone.config):
             if cfg.dataset.padding == "max_length":
                 notes.append(
@@ -637,7 +637,7 @@ def _lanes_for(jobs: Sequence[_Job], width: int, device: torch.device) -> Lanes:
     """An engine with room for every job's matrices and ranks."""
     targets, highest = _room_for(jobs)
     model = build_classifier(jobs[0].backbone, jobs[0].spec, 0).to(device)  # type: ignore[arg-type]
-    if jobs[0].cfg.training.mixed_precision == "bf16" and device.type == "cuda":
+    if in_bf16(jobs[0].cfg, device):
         model.bfloat16()  # what is trained stays in fp32
     return Lanes(model, targets, width, highest, spectral=jobs[0].cfg.arm in SPECTRAL)
 
@@ -896,9 +896,14 @@ def _to(batch: dict[str, Tensor], device: torch.device) -> dict[str, Tensor]:
     return {name: tensor.to(device, non_blocking=True) for name, tensor in batch.items()}
 
 
+def in_bf16(cfg: RunConfig, device: torch.device) -> bool:
+    """Whether the encoder computes in bf16: asked for, and the device has instructions for it."""
+    return cfg.training.mixed_precision == "bf16" and (device.type == "cuda" or cpu_has_bf16())
+
+
 def _precision(cfg: RunConfig, device: torch.device) -> contextlib.AbstractContextManager[object]:
-    if cfg.training.mixed_precision == "bf16" and device.type == "cuda":
-        return torch.autocast("cuda", dtype=torch.bfloat16)
+    if in_bf16(cfg, device):
+        return torch.autocast(device.type, dtype=torch.bfloat16)
     return contextlib.nullcontext()
 
 
@@ -927,6 +932,7 @@ def _record(
             cores=os.cpu_count() or 1,
             threads=torch.get_num_threads(),
             device=torch.cuda.get_device_name(device) if cuda else "cpu",
+            precision="bf16" if in_bf16(job.cfg, device) else "fp32",
         ),
         config=job.cfg.model_dump(mode="json"),
         config_fingerprint=fingerprint(job.cfg),

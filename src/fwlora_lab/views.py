@@ -769,7 +769,8 @@ def environment(analysis: Analysis) -> dict[str, list[tuple[str, int]]]:
 
     def machine(r: Record) -> str:
         m = r.machine
-        return f"{m.cpu if m.device == 'cpu' else m.device}, {m.cores} cores, {m.threads} threads a process"
+        device = m.cpu if m.device == "cpu" else m.device
+        return f"{device}, {m.cores} cores, {m.threads} threads a process, encoder in {m.precision}"
 
     def backbone(r: Record) -> str:
         b = r.backbone
