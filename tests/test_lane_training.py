@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from peft import PeftModel
+from safetensors.torch import load_file
 from tiny import World
 from transformers import AutoTokenizer, ModernBertConfig, ModernBertForMaskedLM
 
@@ -74,6 +75,25 @@ def test_a_lanes_adapter_is_read_by_vanilla_peft(world, method):
     got = model(**batch).logits.detach().numpy()
     np.testing.assert_allclose(got, logits(world, method, 0), rtol=1e-3, atol=1e-5)
     assert record.status == "complete"
+
+
+@pytest.mark.parametrize("engine", ["lanes", "peft"])
+def test_where_the_cpu_has_bf16_the_encoder_computes_in_it(world, monkeypatch, engine):
+    monkeypatch.setattr(loop, "cpu_has_bf16", lambda: True)
+    for arm in METHODS:
+        full, half = train_cohort(
+            [
+                Planned(lanes(world, arm, run_id=f"{arm}-{p}", training__engine=engine, training__mixed_precision=p), 0)
+                for p in ("no", "bf16")
+            ]
+        )
+        assert full.status == half.status == "complete", half.error
+        assert (full.machine.precision, half.machine.precision) == ("fp32", "bf16")
+        assert not [w for w in half.warnings if "bf16" in w]
+        one, other = logits(world, full.run_id, 0), logits(world, half.run_id, 0)
+        assert 1e-5 < np.abs(one - other).max() < 0.3, "as precise as bf16, and no more"
+        adapter = load_file(world.results / half.run_id / "seed-0" / "adapter" / "adapter_model.safetensors")
+        assert {value.dtype for value in adapter.values()} == {loop.torch.float32}
 
 
 def test_a_lane_in_company_gives_the_record_that_it_gives_alone(tmp_path):

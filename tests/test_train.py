@@ -187,7 +187,8 @@ def test_padding_does_not_change_the_result(tmp_path_factory: pytest.TempPathFac
 # --- what a run leaves --------------------------------------------------------------------------
 
 
-def test_the_record_tells_the_run(world: World) -> None:
+def test_the_record_tells_the_run(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(loop, "cpu_has_bf16", lambda: False)
     cfg = world.config("fw_lora", training__mixed_precision="bf16")
     events: list[Event] = []
     record = run(cfg, seed=5, listen=events.append)
@@ -197,7 +198,10 @@ def test_the_record_tells_the_run(world: World) -> None:
     assert record.config["training"]["seed"] == 5
     assert [(e.epoch, e.step) for e in record.epochs] == [(1, 11), (2, 22)]
     assert record.epochs[-1].learning_rate == 0.0
-    assert record.warnings == ["training.mixed_precision=bf16 is for GPUs: on this CPU the run trains in fp32."]
+    assert record.warnings == [
+        "training.mixed_precision=bf16: this CPU has no instructions for it; the run trains in fp32."
+    ]
+    assert record.machine.precision == "fp32"
     times = record.times
     assert times is not None and set(times.phases) == {"fisher", "steady"}
     assert times.fisher_seconds == times.phases["fisher"] > 0
