@@ -27,7 +27,7 @@ from tiny import World
 
 from fwlora_lab import search as searching
 from fwlora_lab import trials
-from fwlora_lab.runconfig import RunConfig
+from fwlora_lab.runconfig import RunConfig, with_values
 from fwlora_lab.search import Search, _Worker, run_search
 from fwlora_lab.train import Evaluated
 
@@ -229,6 +229,33 @@ def test_hydras_launchers_start_the_workers(world, launcher, workers, capsys):
     found = trials_of(cfg)
     assert [t.state.name for t in found] == ["COMPLETE"] * 4
     assert "[4/4]" in capsys.readouterr().out
+
+
+def launching(config_json: str) -> None:
+    raise SystemExit(run_search(RunConfig.model_validate_json(config_json), 2))
+
+
+@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="who whose child is, Linux tells in /proc")
+def test_workers_leave_with_the_one_that_launched_them(world):
+    pytest.importorskip("hydra_plugins.hydra_joblib_launcher", reason="pip install 'fwlora[workers]'")
+    cfg = with_values(config(world, 4), {"training.epochs": 5000})
+    process = PROCESSES.Process(target=launching, args=(cfg.model_dump_json(),))
+    process.start()
+    wait_for_a_trial(cfg, "RUNNING")
+    of = Path(f"/proc/{process.pid}/task")
+    children = [int(pid) for task in of.iterdir() for pid in (task / "children").read_text().split()]
+    workers = [pid for pid in children if "LokyProcess" in Path(f"/proc/{pid}/cmdline").read_text()]
+    assert workers
+    process.kill()
+    process.join()
+
+    def gone(pid: int) -> bool:
+        try:
+            return "State:\tZ" in Path(f"/proc/{pid}/status").read_text()
+        except OSError:
+            return True
+
+    wait_for(lambda: all(gone(pid) for pid in workers), 60)
 
 
 def claim_all(url: str, pipe) -> None:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import threading
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -31,6 +34,21 @@ class _Task:
 
     def __call__(self, _: DictConfig) -> Any:
         return self.work()
+
+
+def leave_with(parent: int) -> None:
+    """End this process as soon as the one that started it is gone: a killed one can tell nobody.
+
+    Does nothing where `parent` is not this process's own: a cluster's job has its scheduler to end it.
+    """
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(1)
+        os._exit(1)
+
+    if os.getppid() == parent:
+        threading.Thread(target=watch, daemon=True).start()
 
 
 def launch(work: Callable[[], Any], workers: int, words: Sequence[str], folder: Path) -> list[Any]:

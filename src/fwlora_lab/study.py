@@ -21,7 +21,6 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, replace
-from multiprocessing import connection
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -29,6 +28,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from fwlora_lab.compose import CONF, load_run, parse_seeds, read_file
 from fwlora_lab.errors import UserError
+from fwlora_lab.launch import leave_with
 from fwlora_lab.progress import StudyBoard
 from fwlora_lab.records import Record, RunDir, StudyCell, StudyPlan, differences, load_record, status_of, write_plan
 from fwlora_lab.runconfig import Dimension, RunConfig, issues_of, listing, nearest, with_values
@@ -446,20 +446,13 @@ def _tuned(cell: Cell, jobs: int) -> Cell:
 _events: Any = None  # a worker's way to tell the process that shows
 
 
-def _begin_worker(events: Any, threads: int) -> None:
+def _begin_worker(events: Any, threads: int, parent: int) -> None:
     import torch
 
     global _events
     _events = events
     torch.set_num_threads(threads)
-    parent = multiprocessing.parent_process()
-    assert parent is not None
-
-    def leave_with_parent() -> None:
-        connection.wait([parent.sentinel])  # killed: nobody would tell this process to end
-        os._exit(1)
-
-    threading.Thread(target=leave_with_parent, daemon=True).start()
+    leave_with(parent)
 
 
 def _train_in_worker(cohort: Sequence[tuple[str, int]]) -> None:
@@ -479,7 +472,7 @@ def _in_processes(cohorts: Sequence[Sequence[Planned]], jobs: int, hear: Callabl
 
     listener = threading.Thread(target=listen, daemon=True)
     listener.start()
-    pool = ProcessPoolExecutor(jobs, context, _begin_worker, (events, threads))
+    pool = ProcessPoolExecutor(jobs, context, _begin_worker, (events, threads, os.getpid()))
     try:
         plain = [[(run.cfg.model_dump_json(), run.seed) for run in cohort] for cohort in cohorts]
         for future in as_completed([pool.submit(_train_in_worker, cohort) for cohort in plain]):
