@@ -253,6 +253,23 @@ def test_the_command_prints_one_object_a_line(world, monkeypatch, capsys):
         assert "The control is off by" in err
 
 
+def test_a_profile_says_what_a_step_is_made_of(world, monkeypatch, capsys):
+    here = course(world, 1e-3, batches=12)
+    milliseconds, shares = bench.profile_step(here, lanes=2, steps=3, most=200)
+    assert milliseconds > 0
+    assert sum(share for _, share in shares) == pytest.approx(1) and shares == sorted(shares, key=lambda pair: -pair[1])
+    assert {"aten::mm", "aten::addmm"} & {name for name, _ in shares}
+
+    @contextlib.contextmanager
+    def tiny(_: str):
+        yield here.cfg, here.backbone
+
+    monkeypatch.setattr(bench, "backbone_of", tiny)
+    assert bench.bench("cola", "minilm", None, profile=True) == 0
+    out = capsys.readouterr().out
+    assert "lanes: 4" in out and "aten::" in out and "target" not in out
+
+
 def test_the_random_roberta_has_robertas_shape(monkeypatch, tmp_path: Path):
     monkeypatch.setattr(
         bench, "RobertaConfig", lambda **more: bench_config(num_hidden_layers=1, **{**more, "vocab_size": 2000})

@@ -41,7 +41,7 @@ from transformers import (
 )
 from transformers.utils.logging import disable_progress_bar, enable_progress_bar
 
-from fwlora_lab.backbones import Backbone, build_classifier, load_backbone
+from fwlora_lab.backbones import Backbone, build_classifier, cpu_has_bf16, load_backbone
 from fwlora_lab.compose import load_run
 from fwlora_lab.errors import UserError
 from fwlora_lab.lanes import Lanes
@@ -240,15 +240,17 @@ class Contestant(Protocol):
 
 
 class Ours:
-    """The lane engine: as many batches at a step as there are lanes."""
+    """The lane engine: as many batches at a step as there are lanes; its encoder in bf16 on a GPU, or with `half`."""
 
-    def __init__(self, course: Course, method: str = "lora", lanes: int = 1, warmup: int = 1) -> None:
+    def __init__(
+        self, course: Course, method: str = "lora", lanes: int = 1, warmup: int = 1, half: bool = False
+    ) -> None:
         self.course, self.width = course, lanes
         self.losses: list[float] = []
         total = WHOLE if method == "adalora" else _NEVER
         cfg = course.config(method, warmup_steps=warmup, estimator="sketch")
         model = build_classifier(course.backbone, course.spec, 0).to(course.device)  # type: ignore[arg-type]
-        if course.device.type == "cuda":
+        if half or course.device.type == "cuda":
             model.bfloat16()
         ranks = initial_ranks(cfg, course.backbone, total)
         self.engine = Lanes(model, list(ranks), lanes, max(ranks.values()), spectral=method == "adalora")
@@ -566,6 +568,9 @@ def run_bench(course: Course, quick: bool, say: Callable[[str], object]) -> Resu
     size = max(counts)
     ours, floor = {e: Ours(course, lanes=e) for e in counts}, Floor(course)
     named = {**{str(e): contestant for e, contestant in ours.items()}, "floor": floor}
+    with_half = not quick and device == "cpu" and cpu_has_bf16()
+    if with_half:
+        named["half"] = Ours(course, lanes=at_once, half=True)
     times = group("lanes", 0.16, size, lambda named=named: named, least=2 if quick else 3)
     # Seconds for the same batches: what a step of e lanes costs is e times as much as its share.
     per_run = {e: times[str(e)] / times["1"] for e in counts}
@@ -575,6 +580,8 @@ def run_bench(course: Course, quick: bool, say: Callable[[str], object]) -> Resu
         note(f"share of the best matrix product's rate, {e} lanes", times["floor"] / times[str(e)])
         memory = ours[e].memory(course.batches) / 2**20
         result.notes.append(f"memory of a training step, {e} lanes: {memory:.0f} MiB a lane, the frozen encoder apart")
+    if with_half:
+        note(f"a step with the encoder in bf16 / in fp32, {at_once} lanes", times["half"] / times[str(at_once)])
     rate = 1e-9 * course.flops(course.batches[:size]) / floor.train(course.batches[:size])
     result.notes.append(f"best matrix product: {'x'.join(map(str, floor.shape))}, {rate:.0f} GFLOP/s")
     share = times["floor"] / times[str(best)]
@@ -598,13 +605,39 @@ def run_bench(course: Course, quick: bool, say: Callable[[str], object]) -> Resu
     return result
 
 
+def profile_step(course: Course, lanes: int, steps: int = 10, most: int = 14) -> tuple[float, list[tuple[str, float]]]:
+    """Milliseconds of a LoRA step of `lanes` runs, and the share of its time that each kind of operation takes."""
+    ours = Ours(course, lanes=lanes)
+    ours.train(course.batches[: 2 * lanes])
+    mine = course.batches[: steps * lanes]
+    seconds = ours.train(mine)
+    activities = [torch.profiler.ProfilerActivity.CPU]
+    if course.device.type == "cuda":
+        activities.append(torch.profiler.ProfilerActivity.CUDA)
+    with torch.profiler.profile(activities=activities) as profiler:
+        ours.train(mine)
+    own = "self_device_time_total" if course.device.type == "cuda" else "self_cpu_time_total"
+    times = {event.key: float(getattr(event, own)) for event in profiler.key_averages()}
+    total = sum(times.values())
+    ranked = sorted(((name, time / total) for name, time in times.items()), key=lambda pair: -pair[1])
+    return 1e3 * seconds * lanes / len(mine), [*ranked[:most], ("all others", sum(share for _, share in ranked[most:]))]
+
+
 # --- the command --------------------------------------------------------------------------------
 
 
 def bench(
-    task: str, backbone: str, threads: int | None, quick: bool = False, cpu_time: bool = False, as_json: bool = False
+    task: str,
+    backbone: str,
+    threads: int | None,
+    quick: bool = False,
+    cpu_time: bool = False,
+    as_json: bool = False,
+    profile: bool = False,
 ) -> int:
     """Measure and print: a table, or with `as_json` one object a line and the table on standard error.
+
+    With `profile` the ratios are left out and what a step's time goes into is printed.
 
     Raises:
         UserError: CPU time is asked for where it is not that of one thread.
@@ -626,6 +659,13 @@ def bench(
             f"{torch.get_num_threads()} threads, {'CPU' if cpu_time else 'wall-clock'} time, "
             f"torch {torch.__version__}{load}"
         )
+        if profile:
+            for lanes in (1, _AT_ONCE[device.type]):
+                milliseconds, shares = profile_step(course, lanes)
+                console.print(f"a step of our LoRA, lanes: {lanes}, {milliseconds:.0f} ms")
+                for name, share in shares:
+                    console.print(f"  {100 * share:5.1f} %  {name}", markup=False)
+            return 0
         result = run_bench(course, quick, lambda text: console.print(f"  {text}"))
     if as_json:
         for ratio in result.ratios:

@@ -211,6 +211,7 @@ def _parser() -> argparse.ArgumentParser:
     bench.add_argument("--threads", metavar="N", help="of the CPU (as many as there are cores)")
     bench.add_argument("--cpu-time", action="store_true", help="of one thread, for a machine that others use meanwhile")
     bench.add_argument("--quick", action="store_true", help="fewer blocks, 4 lanes (16 on a GPU), not PEFT's AdaLoRA")
+    bench.add_argument("--profile", action="store_true", help="what a step's time goes into, instead of the ratios")
     bench.add_argument("--json", action="store_true", help="one object a ratio and line; the table goes to stderr")
     bench.set_defaults(command=_bench)
 
@@ -418,7 +419,9 @@ def _bench(options: argparse.Namespace) -> int:
     from fwlora_lab.bench import bench
 
     threads = int(threads) if threads else None
-    return bench(options.task, options.backbone, threads, options.quick, options.cpu_time, options.json)
+    return bench(
+        options.task, options.backbone, threads, options.quick, options.cpu_time, options.json, options.profile
+    )
 
 
 def _doctor(options: argparse.Namespace) -> int:
