@@ -171,7 +171,8 @@ class TrainingConfig(_Block):
 
     `engine` trains a run in a lane of a shared backbone on packed batches, several runs at once (`lanes`), or with
     PEFT's layers, padded batches and one model a run (`peft`), as the public reference and where lanes do not know
-    the architecture.
+    the architecture. `mixed_precision=bf16` computes the frozen encoder in bf16 where the device has instructions for
+    it, and in fp32 elsewhere; what is trained stays in fp32.
     """
 
     epochs: Annotated[int, Field(ge=1, le=100_000)] = 3
