@@ -6,7 +6,9 @@ pytest tests/test_bench.py
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -102,6 +104,14 @@ def sentences(model: nn.Module, contestant, batches) -> list[tuple[int, ...]]:
     contestant.train(batches)
     hook.remove()
     return seen
+
+
+def test_half_is_the_same_work_in_bf16(world):
+    here = course(world, 1e-3)
+    full, half = Ours(here, lanes=2), Ours(here, lanes=2, half=True)
+    for contestant in (full, half):
+        contestant.train(here.batches)
+    assert half.losses == pytest.approx(full.losses, rel=0.05) and half.losses != full.losses
 
 
 def test_every_peer_reads_the_batches_sentences_and_pads_as_it_says(world, monkeypatch):
@@ -255,8 +265,11 @@ def test_the_command_prints_one_object_a_line(world, monkeypatch, capsys):
 
 def test_a_profile_says_what_a_step_is_made_of(world, monkeypatch, capsys):
     here = course(world, 1e-3, batches=12)
-    milliseconds, shares = bench.profile_step(here, lanes=2, steps=3, most=200)
-    assert milliseconds > 0
+    ticks = itertools.count()  # a second from each look at the clock to the next
+    milliseconds, shares = bench.profile_step(
+        replace(here, clock=lambda: float(next(ticks))), lanes=2, steps=3, most=200
+    )
+    assert milliseconds == pytest.approx(1000 / 3), "a second for three steps of two lanes"
     assert sum(share for _, share in shares) == pytest.approx(1) and shares == sorted(shares, key=lambda pair: -pair[1])
     assert {"aten::mm", "aten::addmm"} & {name for name, _ in shares}
 

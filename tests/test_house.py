@@ -23,6 +23,15 @@ SRC = ROOT / "src"
 # In the order of the data: the readers know what the makers left behind, never the makers.
 MAKERS = {f"fwlora_lab.{name}" for name in ("train", "search", "study", "lanes", "methods", "backbones")}
 READERS = ("records", "stats", "verdicts", "report")
+# A module imports from those before it only.
+ORDER = {
+    "fwlora": "fisher importance shrinkage budget pairs method trainer export",
+    "fwlora_lab": (
+        "errors runconfig compose request names spaces prose plan contradictions generate llm offline tasks backbones "
+        "doctor records stats verdicts analysis figures views modelcards report packing laneops fusedpenalty lanes "
+        "methods train progress trials launch search study bench cli"
+    ),
+}
 
 
 def modules() -> dict[str, Path]:
@@ -133,6 +142,20 @@ def test_training_knows_no_reader_and_nothing_above_it() -> None:
     above = {f"fwlora_lab.{name}" for name in ("report", "stats", "verdicts", "search", "study", "cli")}
     assert not reached("fwlora_lab.train") & above
     assert not [name for name in MODULES if name != "fwlora_lab.cli" and "fwlora_lab.cli" in imports(name)]
+
+
+@pytest.mark.parametrize("package", ORDER)
+def test_imports_follow_the_data(package: str) -> None:
+    order = [f"{package}.{name}" for name in ORDER[package].split()]
+    assert sorted(order) == sorted(n for n in MODULES if n.startswith(f"{package}.")), "a new module needs its place"
+    for place, name in enumerate(order):
+        later = imports(name, typing=True) & set(order[place:])
+        assert not later, f"{name} imports {sorted(later)}, which come later"
+
+
+@pytest.mark.parametrize("name", [n for n in MODULES if n.split(".")[0] == "fwlora" and n != "fwlora.trainer"])
+def test_transformers_is_for_the_trainers_callback_alone(name: str) -> None:
+    assert not [n for n in imports(name) if n.split(".")[0] == "transformers"]
 
 
 def test_no_module_imports_itself_in_a_circle() -> None:
