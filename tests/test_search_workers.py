@@ -8,6 +8,7 @@ The PostgreSQL test starts a server of its own and is skipped where Debian's pac
 from __future__ import annotations
 
 import contextlib
+import functools
 import multiprocessing
 import os
 import pwd
@@ -23,10 +24,11 @@ from pathlib import Path
 
 import optuna
 import pytest
+from omegaconf import OmegaConf
 from tiny import World
 
+from fwlora_lab import launch, trials
 from fwlora_lab import search as searching
-from fwlora_lab import trials
 from fwlora_lab.runconfig import RunConfig, with_values
 from fwlora_lab.search import Search, _Worker, run_search
 from fwlora_lab.train import Evaluated
@@ -210,7 +212,7 @@ def stoppable(config_json: str, log: str) -> None:
     tick = train._Cohort._tick
 
     def slowly(self, *args) -> None:
-        time.sleep(0.15)
+        time.sleep(0.5)  # 11 steps: a trial outlasts whatever a busy machine does between its start and the signal
         tick(self, *args)
 
     train._Cohort._tick = slowly  # type: ignore[method-assign]
@@ -258,6 +260,20 @@ def test_workers_leave_with_the_one_that_launched_them(world):
     wait_for(lambda: all(gone(pid) for pid in workers), 60)
 
 
+def late(parent: int) -> None:
+    launch._Task(functools.partial(time.sleep, 600), parent)(OmegaConf.create())
+
+
+def test_a_worker_that_begins_after_its_launcher_was_killed_leaves_at_once():
+    gone = PROCESSES.Process(target=time.time)
+    gone.start()
+    gone.join()
+    worker = PROCESSES.Process(target=late, args=(gone.pid,))
+    worker.start()
+    worker.join(60)
+    assert worker.exitcode == 1
+
+
 def claim_all(url: str, pipe) -> None:
     def sampler(number: int):
         return optuna.samplers.RandomSampler(seed=number)
@@ -268,6 +284,7 @@ def claim_all(url: str, pipe) -> None:
     got = []
     while (trial := study.claim(12, {"x": optuna.distributions.FloatDistribution(0, 1)})) is not None:
         got.append(trial.number)
+        time.sleep(0.05)  # a trial takes its time: without, the first to hold the database makes them all
         study.finish(trial, 0.0, [0.0])
     pipe.send(got)
 

@@ -26,20 +26,10 @@ _LAUNCHER = "hydra/launcher="
 _SETTINGS = "hydra.launcher."
 
 
-class _Task:
-    """What a worker does, as Hydra calls it; a class of its own so that it can be sent to another machine."""
-
-    def __init__(self, work: Callable[[], Any]) -> None:
-        self.work = work
-
-    def __call__(self, _: DictConfig) -> Any:
-        return self.work()
-
-
 def leave_with(parent: int) -> None:
-    """End this process as soon as the one that started it is gone: a killed one can tell nobody.
+    """End this process, a child of the process `parent`, as soon as that one is gone: a killed one can tell nobody.
 
-    Does nothing where `parent` is not this process's own: a cluster's job has its scheduler to end it.
+    A child that calls this when its parent is gone already ends at once.
     """
 
     def watch() -> None:
@@ -47,15 +37,31 @@ def leave_with(parent: int) -> None:
             time.sleep(1)
         os._exit(1)
 
-    if os.getppid() == parent:
-        threading.Thread(target=watch, daemon=True).start()
+    threading.Thread(target=watch, daemon=True).start()
+
+
+class _Task:
+    """What a worker does, as Hydra calls it; a class of its own so that it can be sent to another machine.
+
+    `parent` is the process that the worker must not outlive; None where a scheduler starts and ends the workers.
+    """
+
+    def __init__(self, work: Callable[[], Any], parent: int | None) -> None:
+        self.work = work
+        self.parent = parent
+
+    def __call__(self, _: DictConfig) -> Any:
+        if self.parent not in (None, os.getpid()):  # joblib with one worker, or with threads, starts no process
+            leave_with(self.parent)
+        return self.work()
 
 
 def launch(work: Callable[[], Any], workers: int, words: Sequence[str], folder: Path) -> list[Any]:
     """Call `work` in each of `workers` processes that the launcher starts, wait for all, and return what they return.
 
     `words` are `hydra/launcher=NAME` (joblib where there is none) and `hydra.launcher.KEY=VALUE`; the launcher's own
-    files go to `folder`. An exception in a worker is raised here.
+    files go to `folder`. An exception in a worker is raised here. joblib's processes end with this one, however it
+    ends; a cluster's jobs are left to their scheduler.
 
     Raises:
         UserError: there is no such launcher, or one of its settings is wrong.
@@ -65,7 +71,8 @@ def launch(work: Callable[[], Any], workers: int, words: Sequence[str], folder: 
     words = [*words]
     if not any(word.startswith(_LAUNCHER) for word in words):
         words.insert(0, f"{_LAUNCHER}joblib")
-    if f"{_LAUNCHER}joblib" in words and not any(word.startswith(f"{_SETTINGS}n_jobs=") for word in words):
+    on_this_machine = f"{_LAUNCHER}joblib" in words
+    if on_this_machine and not any(word.startswith(f"{_SETTINGS}n_jobs=") for word in words):
         words.append(f"{_SETTINGS}n_jobs={workers}")
     before = GlobalHydra.instance().hydra
     GlobalHydra.instance().hydra = None
@@ -79,7 +86,7 @@ def launch(work: Callable[[], Any], workers: int, words: Sequence[str], folder: 
         config.hydra.sweep.subdir = "${hydra.job.num}"
         context = HydraContext(config_loader=hydra.config_loader, callbacks=Callbacks(config))
         launcher = Plugins.instance().instantiate_launcher(
-            hydra_context=context, task_function=_Task(work), config=config
+            hydra_context=context, task_function=_Task(work, os.getpid() if on_this_machine else None), config=config
         )
         quoted = str(folder.resolve()).replace("\\", r"\\").replace("'", r"\'")
         done = launcher.launch([[f"hydra.sweep.dir='{quoted}'"]] * workers, initial_job_idx=0)

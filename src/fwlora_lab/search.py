@@ -41,7 +41,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 from fwlora_lab.errors import UserError
-from fwlora_lab.launch import launch, leave_with
+from fwlora_lab.launch import launch
 from fwlora_lab.methods import derive
 from fwlora_lab.runconfig import LEAVES, Dimension, OptunaConfig, RunConfig, get_key, to_yaml, warnings_of, with_values
 from fwlora_lab.tasks import load_task
@@ -504,7 +504,7 @@ def _watch_workers(search: Search, workers: int, launcher: Sequence[str], watch:
     thread = threading.Thread(target=show, daemon=True)
     thread.start()
     try:
-        work = functools.partial(_work, search.given.model_dump_json(), os.getpid())
+        work = functools.partial(_work, search.given.model_dump_json())
         launch(work, workers, launcher, search.folder / "workers")
     except UserError:
         raise
@@ -520,9 +520,8 @@ def _watch_workers(search: Search, workers: int, launcher: Sequence[str], watch:
         thread.join()
 
 
-def _work(config: str, parent: int) -> None:
+def _work(config: str) -> None:
     """One of several workers, in a process of its own; what it does is shown by the one that watches the study."""
-    leave_with(parent)
     search = Search.of(RunConfig.model_validate_json(config))
     data = load_task(search.base.dataset)
     shared = search.shared_study()
