@@ -419,6 +419,7 @@ def test_fingerprint_changes_with_what_changes_the_result_and_with_nothing_else(
         "model.name=x",
         "model.parameter_budget_percent=0.5",
         "optuna.n_trials=3",
+        "dataset.root=/elsewhere",
     ):
         assert fingerprint(load_run(PROPOSED, [same])) == base, same
     for other in (

@@ -6,6 +6,7 @@ pytest tests/test_search.py
 from __future__ import annotations
 
 import csv
+import shutil
 import statistics
 from pathlib import Path
 from typing import Any
@@ -139,6 +140,20 @@ def test_a_study_of_something_else_is_refused(world):
     assert states(cfg) == ["COMPLETE"]
     # What changes no score, and what is searched anyway, does not matter.
     run_search(config(world, optuna__n_trials=1, training__learning_rate=0.5, training__save_adapter=False))
+
+
+def test_a_search_goes_on_where_its_data_were_moved(world, tmp_path):
+    """As on another machine that shares the study: the data decide, not the folder that holds them."""
+    assert run_search(config(world, optuna__n_trials=1)) == 0
+    moved = shutil.copytree(Path(world.train_file).parent, tmp_path / "moved")
+    train, dev = (moved / Path(name).name for name in (world.train_file, world.dev_file))
+    there = {"dataset__train_file": str(train), "dataset__eval_file": str(dev)}
+    cfg = config(world, optuna__n_trials=2, **there)
+    assert run_search(cfg) == 0
+    assert states(cfg) == ["COMPLETE"] * 2
+    shutil.copy(dev, train)
+    with pytest.raises(UserError, match="texts, labels or splits are others"):
+        run_search(config(world, optuna__n_trials=3, **there))
 
 
 def test_the_search_is_the_same_every_time(world):

@@ -713,23 +713,31 @@ def to_yaml(cfg: RunConfig) -> str:
     return yaml.dump(data, Dumper=Writer, sort_keys=False, allow_unicode=True, width=1_000_000)
 
 
-def fingerprint(cfg: RunConfig) -> str:
-    """sha256 (hex) of everything that changes a run's result.
+# Names and places, which change no result. Whether the files of two places hold the same data, the data's own
+# fingerprint tells.
+NOT_IN_FINGERPRINT = (
+    "run_id",
+    "results_dir",
+    "optuna",
+    "model.name",
+    "dataset.root",
+    "dataset.train_file",
+    "dataset.eval_file",
+    "training.seed",
+    "training.save_adapter",
+)
 
-    Left out: names and places (run_id, model.name, results_dir), optuna, training.seed (a run is
-    known by its fingerprint and seed), save_adapter, and every setting that this run ignores.
+
+def fingerprint(cfg: RunConfig) -> str:
+    """sha256 (hex) of everything in the config that changes a run's result.
+
+    Left out: names and places (run_id, model.name, results_dir, the data's files), optuna, training.seed (a run is
+    known by its fingerprints, of config and data, and its seed), save_adapter, and every setting that this run ignores.
     """
     data = cfg.model_dump()
     data["method"] = cfg.arm
     data["model"]["lora"]["alpha"] = cfg.model.lora.scale
-    dropped = [
-        "run_id",
-        "results_dir",
-        "optuna",
-        "model.name",
-        "training.seed",
-        "training.save_adapter",
-    ]
+    dropped = [*NOT_IN_FINGERPRINT]
     dropped += [key for key, _ in _ignored(cfg)]
     if cfg.model.lora.rank is not None:
         dropped.append("model.parameter_budget_percent")

@@ -43,7 +43,17 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from fwlora_lab.errors import UserError
 from fwlora_lab.launch import launch
 from fwlora_lab.methods import derive
-from fwlora_lab.runconfig import LEAVES, Dimension, OptunaConfig, RunConfig, get_key, to_yaml, warnings_of, with_values
+from fwlora_lab.runconfig import (
+    LEAVES,
+    NOT_IN_FINGERPRINT,
+    Dimension,
+    OptunaConfig,
+    RunConfig,
+    get_key,
+    to_yaml,
+    warnings_of,
+    with_values,
+)
 from fwlora_lab.tasks import load_task
 from fwlora_lab.train import (
     Evaluated,
@@ -178,8 +188,8 @@ class Search:
     def identity(self, data_fingerprint: str) -> dict[str, dict[str, Any]]:
         """What a study is a study of, by name: two with the same are one, and their trials compare."""
         cfg = self.base.model_dump(mode="json") | {"method": self.base.arm}
-        left_out = {"run_id", "results_dir", "model.name", "training.seed", "training.save_adapter", *self.dimensions}
-        keys = [key for key in LEAVES if key not in left_out and not key.startswith("optuna.")]
+        left_out = tuple(f"{key}." for key in (*NOT_IN_FINGERPRINT, *self.dimensions))
+        keys = [key for key in LEAVES if not f"{key}.".startswith(left_out)]
         return {
             "config": {key: get_key(cfg, key) for key in keys},
             "space": {key: d.model_dump(mode="json", exclude_none=True) for key, d in self.dimensions.items()},
