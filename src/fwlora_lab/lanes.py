@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import importlib.util
 import warnings
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -110,7 +111,7 @@ class _Rows:
 
 
 class LaneLinear(nn.Module):
-    """Frozen Linears of one input side by side, with one adapter per lane on those that are targets.
+    """Frozen Linears of one input and equal width side by side, with one adapter per lane on those that are targets.
 
     `y_e = x_e Wᵀ + bias`, and `+ s_e (x_e A_eᵀ) B_eᵀ` in a target's columns; x [E, N, d_in], or with `sentences`
     [E, b, d_in], one row a sentence.
@@ -123,6 +124,7 @@ class LaneLinear(nn.Module):
         if len(linears) > 1:
             self.weight = nn.Parameter(torch.cat([linear.weight for linear in linears]), False)
             self.bias = nn.Parameter(torch.cat([linear.bias for linear in linears]), False)
+        self.names, self.width = names, linears[0].out_features
         self.sentences = sentences
         self.adapted: list[tuple[str, slice]] = []
         start = 0
@@ -138,7 +140,8 @@ class LaneLinear(nn.Module):
             return functional.linear(x, self.weight, self.bias)
         adapters = [lanes.adapter(name, columns) for name, columns in self.adapted]
         masks = [lanes.adapter_mask(x, self.sentences) for _ in adapters]
-        watch = partial(lanes.watch, self) if lanes.watching else None
+        # x meets the probe here, where it was just written; by the backward pass it has left the caches.
+        watch = partial(lanes.watch, self, probed=lanes.probed(x)) if lanes.watching else None
         return adapted_linear(x, lanes.anchor, self.weight, self.bias, adapters, masks, watch)
 
 
@@ -258,12 +261,17 @@ class Lanes:
         layers = cast(nn.ModuleList, self.encoder.get_submodule("encoder.layer"))
         for i in range(len(layers)):
             layers[i] = LaneLayer(self, f"{model.base_model_prefix}.encoder.layer.{i}", last=i == len(layers) - 1)
-        placed = {name for m in layers.modules() if isinstance(m, LaneLinear) for name, _ in m.adapted}
-        if left := shapes.keys() - placed:
+        linears = [m for m in layers.modules() if isinstance(m, LaneLinear) and m.adapted]
+        if left := shapes.keys() - {name for linear in linears for name, _ in linear.adapted}:
             raise TypeError(f"{min(left)} is no matrix of an encoder layer")
         dropout = cast(nn.Dropout, self.encoder.get_submodule("embeddings.dropout"))
         self.encoder.get_submodule("embeddings").dropout = LaneDropout(dropout.p, self)
         self._lay_out()
+        # Their sketches side by side, equal widths together: one sum for all of a width.
+        self._sketched = sorted(linears, key=lambda linear: linear.width)
+        self._widths = Counter(linear.width for linear in self._sketched for _ in linear.names)
+        place = {name: i for i, name in enumerate(name for linear in self._sketched for name in linear.names)}
+        self._sketch_of = torch.tensor([place[name] for name in self.targets], device=self.device)
         self.lanes: list[Lane] = []
         self._resize(0)
         # What a forward pass reads.
@@ -272,6 +280,7 @@ class Lanes:
         self._chosen: Tensor | None = None
         self._packed: Packed | None = None
         self._plan: _Plan | None = None
+        self._sketches: dict[LaneLinear, Tensor] = {}
         self._energies: dict[str, Tensor] = {}
         self._fused = False
         self._draws = Draws(self.device)
@@ -418,7 +427,7 @@ class Lanes:
         fws = [s.fw for s in settings]
         self._ema = column([fw.ema if fw else 0.0 for fw in fws])
         self._shares = column([bool(fw and fw.averaging == "share") for fw in fws], torch.bool)
-        self._columns = column([fw.sketch_columns if fw else 1 for fw in fws])[:, 0]
+        self._columns = column([fw.sketch_columns if fw else 1 for fw in fws])
         self._free = column([bool(fw and fw.estimator == "adapter") for fw in fws], torch.bool)
         self._in_loss = column([not fw or fw.coupling == "loss" for fw in fws], torch.bool)[:, None, None]
         # 3·d_in/(s²·r), see `fwlora.fisher.adapter_energy`.
@@ -660,32 +669,36 @@ class Lanes:
                 ).T
         return probes
 
-    def watch(self, linear: LaneLinear, g: Tensor, x: Tensor) -> None:
-        """Note the step's Fisher energies [E] of the targets of `linear`, 0 where none is taken.
+    def probed(self, x: Tensor) -> Tensor | None:
+        """`x Ω` [E, N, k] of the sketch for x [E, N, d_in]; None where no lane sketches."""
+        assert self._plan is not None
+        if not self._plan.probes:
+            return None
+        with torch.no_grad():
+            return torch.bmm(x, self._plan.probes[x.shape[-1]].mT)
 
-        g [E, N, d_out], x [E, N, d_in], or with `linear.sentences` [E, b, …], a row a sentence.
+    def watch(self, linear: LaneLinear, g: Tensor, x: Tensor, probed: Tensor | None) -> None:
+        """Note what the step's Fisher energies of the targets of `linear` are made of.
+
+        g [E, N, d_out], x [E, N, d_in], or with `linear.sentences` [E, b, …], a row a sentence; `probed` of x.
         """
         assert self._packed is not None and self._plan is not None
-        squares = None
-        if self._plan.probes:
-            sketch = torch.bmm(torch.bmm(x, self._plan.probes[x.shape[-1]].mT).mT, g)
-            squares = sketch.to(self.dtype).square().sum(1)
+        if probed is not None:
+            self._sketches[linear] = torch.bmm(probed.mT, g)
         counts = self._packed.sentences if linear.sentences else self._packed.counts
-        for name, columns in linear.adapted:
-            if squares is not None:
-                energies = squares[:, columns].sum(1) / self._columns
-            else:
-                energies = torch.zeros(len(self.lanes), dtype=self.dtype, device=self.device)
-            for e in self._plan.watching:
-                fw, n = self.lanes[e].settings.fw, counts[e]
-                assert fw is not None
+        for e in self._plan.watching:
+            fw, n = self.lanes[e].settings.fw, counts[e]
+            assert fw is not None
+            if fw.estimator not in ("exact", "per_example"):
+                continue
+            for name, columns in linear.adapted:
                 if fw.estimator == "exact":
-                    energies[e] = estimators.weight_gradient(g[e, :n, columns], x[e, :n]).square().sum()
-                elif fw.estimator == "per_example" and linear.sentences:
-                    energies[e] = estimators.per_example_energy(g[e, :n, None, columns], x[e, :n, None])
-                elif fw.estimator == "per_example":
-                    energies[e] = self._per_example(e, g[..., columns], x)
-            self._energies[name] = energies
+                    energy = estimators.weight_gradient(g[e, :n, columns], x[e, :n]).square().sum()
+                elif linear.sentences:
+                    energy = estimators.per_example_energy(g[e, :n, None, columns], x[e, :n, None])
+                else:
+                    energy = self._per_example(e, g[..., columns], x)
+                self._energies.setdefault(name, self.fisher.new_zeros(len(self.lanes)))[e] = energy
 
     def _per_example(self, lane: int, g: Tensor, x: Tensor) -> Tensor:
         assert self._packed is not None
@@ -707,8 +720,16 @@ class Lanes:
 
     def _observe(self, watches: Tensor) -> None:
         """Average the step's energies into F for the lanes that watch [E, 1]."""
-        energies = torch.stack([self._energies[name] for name in self.targets], -1)
-        self._energies = {}
+        energies = torch.zeros_like(self.fisher)
+        if self._energies:
+            energies = torch.stack([self._energies[name] for name in self.targets], -1)
+        if self._sketches:
+            sketches = torch.cat([self._sketches[linear] for linear in self._sketched], -1)
+            squares = sketches.to(self.dtype).square_().sum(1)
+            of_width = squares.split([width * n for width, n in self._widths.items()], -1)
+            sums = [own.unflatten(-1, (-1, width)).sum(-1) for own, width in zip(of_width, self._widths, strict=True)]
+            energies = energies + torch.cat(sums, -1)[:, self._sketch_of] / self._columns
+        self._sketches, self._energies = {}, {}
         if any(lane.settings.fw is not None and lane.settings.fw.estimator == "adapter" for lane in self.lanes):
             squares = torch.cat([self._of(self.grads, rows).square().sum((-2, -1)) for rows in self.rows], 1)
             energies = torch.where(self._free, squares[:, self._b_of] * self._adapter_factor, energies)
