@@ -23,6 +23,7 @@ from fwlora_lab import bench
 from fwlora_lab.backbones import load_backbone
 from fwlora_lab.bench import Course, Floor, Ours, Plain, Usual, interval, judge, measure, order_of, step_flops
 from fwlora_lab.cli import main
+from fwlora_lab.errors import UserError
 
 NAMES = [
     "aa_control",
@@ -281,6 +282,9 @@ def test_a_profile_says_what_a_step_is_made_of(world, monkeypatch, capsys):
     assert bench.bench("cola", "minilm", None, profile=True) == 0
     out = capsys.readouterr().out
     assert "lanes: 4" in out and "aten::" in out and "target" not in out
+    for other in ("quick", "as_json", "cpu_time"):
+        with pytest.raises(UserError, match="--profile measures no ratios"):
+            bench.bench("cola", "minilm", None, profile=True, **{other: True})
 
 
 def test_the_random_roberta_has_robertas_shape(monkeypatch, tmp_path: Path):

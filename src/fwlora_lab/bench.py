@@ -640,8 +640,10 @@ def bench(
     With `profile` the ratios are left out and what a step's time goes into is printed.
 
     Raises:
-        UserError: CPU time is asked for where it is not that of one thread.
+        UserError: CPU time is asked for where it is not that of one thread, or a profile as what it is not.
     """
+    if profile and (quick or as_json or cpu_time):
+        raise UserError("--profile measures no ratios: leave out --quick, --json and --cpu-time.")
     if threads is not None:
         torch.set_num_threads(threads)
     device = pick_device()
