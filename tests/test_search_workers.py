@@ -201,6 +201,36 @@ def test_ctrl_c_once_finishes_the_running_trials_twice_stops_at_once(world, tmp_
     assert Counter(t.state.name for t in finished if trials.counts(t)) == {"COMPLETE": 4}
 
 
+def interrupted(config_json: str) -> None:
+    """The command, with Ctrl-C pressed twice just when its second trial was taken in the storage."""
+    searching._plot = lambda *_, **__: None
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    claim = trials.SharedStudy.claim
+
+    def claiming(self, *args):
+        trial = claim(self, *args)
+        if trial is not None and trial.number == 1:
+            signal.raise_signal(signal.SIGINT)
+            signal.raise_signal(signal.SIGINT)
+        return trial
+
+    trials.SharedStudy.claim = claiming  # type: ignore[method-assign]
+    try:
+        run_search(RunConfig.model_validate_json(config_json))
+    except KeyboardInterrupt:
+        raise SystemExit(130) from None
+
+
+def test_no_trial_is_left_running_by_a_ctrl_c_that_meets_its_claim(world):
+    cfg = config(world, 4, n_jobs=2)
+    process = PROCESSES.Process(target=interrupted, args=(cfg.model_dump_json(),))
+    process.start()
+    process.join(300)
+    assert process.exitcode == 130
+    # Handed back: each is there once more, for whoever comes next.
+    assert Counter(t.state.name for t in trials_of(cfg)) == {"FAIL": 2, "WAITING": 2}
+
+
 def stoppable(config_json: str, log: str) -> None:
     """The command in a process of its own, slow enough to be interrupted, its screen in a file."""
     import sys

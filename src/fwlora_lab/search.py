@@ -263,9 +263,10 @@ class _Worker:
                 room = [Planned(cfg, self.search.seeds[0]) for cfg in self.search.largest()]
                 train_drawn(self.draw, self.hear, room, self.search.n_jobs * len(self.search.seeds))
         except BaseException:
-            for running in self.running.values():
-                with contextlib.suppress(UserError):  # the storage itself may be the trouble: its heartbeat ends too
-                    self.shared.hand_back(running.trial)
+            with self.stop.held():
+                for running in self.running.values():
+                    with contextlib.suppress(UserError):  # the storage may be the trouble: its heartbeat ends too
+                        self.shared.hand_back(running.trial)
             raise
 
     def draw(self) -> Planned | None:
@@ -275,17 +276,20 @@ class _Worker:
                 return None
             if self.running and time.monotonic() < self.look_again:
                 return None
-            trial = self.shared.claim(self.search.optuna.n_trials, self.space)
+            with self.stop.held():
+                trial = self.shared.claim(self.search.optuna.n_trials, self.space)
+                if trial is not None:
+                    self._plan(trial)
             if trial is not None:
-                self._plan(trial)
-            elif self.running:
+                continue
+            if self.running:
                 self.look_again = time.monotonic() + _SECONDS_BETWEEN_LOOKS
                 return None
-            elif not any(t.state == TrialState.RUNNING for t in self.shared.trials()):
+            if not any(t.state == TrialState.RUNNING for t in self.shared.trials()):
                 return None
-            else:  # they may finish, or their worker may turn out to be dead
-                self.watch.look(waiting=True)
-                time.sleep(_SECONDS_BETWEEN_LOOKS)
+            # They may finish, or their worker may turn out to be dead.
+            self.watch.look(waiting=True)
+            time.sleep(_SECONDS_BETWEEN_LOOKS)
         return self.queue.pop(0)
 
     def _plan(self, trial: Trial) -> None:
@@ -299,6 +303,10 @@ class _Worker:
 
     def hear(self, event: Event) -> None:
         """A listener for `train_drawn`."""
+        with self.stop.held():
+            self._hear(event)
+
+    def _hear(self, event: Event) -> None:
         if isinstance(event, Note):
             self.watch.note(event.text)
             return
@@ -355,10 +363,11 @@ class _Worker:
 
 
 class _Interrupts:
-    """Ctrl-C: the first asks the worker to finish its trials, the second stops it at once."""
+    """Ctrl-C: the first asks the worker to finish its trials, the second stops it at once, or once `held` is over."""
 
     def __init__(self, say: Callable[[str], object]) -> None:
         self.asked = False
+        self._again, self._holders = False, 0
         self._say = say
 
     def __enter__(self) -> _Interrupts:
@@ -373,9 +382,23 @@ class _Interrupts:
 
     def _hear(self, *_: object) -> None:
         if self.asked:
-            raise KeyboardInterrupt
+            self._again = True
+            if not self._holders:
+                raise KeyboardInterrupt
+            return
         self.asked = True
         self._say("Ctrl-C: the running trials are finished first; once more stops at once")
+
+    @contextlib.contextmanager
+    def held(self) -> Iterator[None]:
+        """Around what must not be cut in two: a trial that is taken in the storage and known to nobody here."""
+        self._holders += 1
+        try:
+            yield
+        finally:
+            self._holders -= 1
+            if self._again and not self._holders:
+                raise KeyboardInterrupt
 
 
 # --- what it looks like -------------------------------------------------------------------------
