@@ -207,6 +207,16 @@ def test_what_was_not_run_is_undecided_and_a_metric_nobody_recorded_is_a_mistake
         judge([claim(metric="acuracy")], {KEY: cell}, "fwlora compare study=offline", rng())
 
 
+def test_what_a_selection_left_out_is_in_the_command_that_settles_it():
+    some = "fwlora compare study=offline tasks=sst2 methods=old budgets=0.5 'dataset.root=my data'"
+    (found,) = judge([claim()], {}, some, rng())
+    task, budget = KEY
+    assert found.settle == (
+        f"fwlora compare study=offline tasks=sst2,{task} methods=old,new budgets=0.5,{budget:g} "
+        "'dataset.root=my data' seeds=0..9"
+    )
+
+
 def test_failed_runs_are_named_and_never_a_number():
     found = one(claim(), OLD + 0.02 + WOBBLE, OLD, failed={"new": (6, 8), "other": (1,)})
     assert found.state == "holds" and found.n == 6

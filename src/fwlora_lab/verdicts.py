@@ -9,6 +9,7 @@ interval. All claims of a table are one family for Holm's method.
 from __future__ import annotations
 
 import math
+import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -438,7 +439,7 @@ def _explain(
     if silent or mean is None:
         without = [n for n in names if not where.scores.get(claim.metric, {}).get(n)]
         why = f"no finished run of {' and '.join(without)}" if without else silent
-        settle = _with_seeds(command, max(FIRST_SEEDS, 2 * len(seeds)), seeds)
+        settle = _with_seeds(_covering(command, claim), max(FIRST_SEEDS, 2 * len(seeds)), seeds)
         return Verdict(
             claim, "undecided", seeds, estimate, None, None, None, None, None, None, settle, f"{why}.{left_out}"
         )
@@ -478,6 +479,21 @@ def _explain(
         settle=settle,
         reason=reason + left_out,
     )
+
+
+def _covering(command: str, claim: Claim) -> str:
+    """The command, where it names some of the study's tasks, budgets or methods, with those of the claim among them."""
+    needed = {
+        "tasks": [claim.scope.task],
+        "budgets": [f"{claim.scope.budget:g}"],
+        "methods": [claim.method, claim.reference or claim.method],
+    }
+    words = []
+    for word in shlex.split(command):
+        key, _, value = word.partition("=")
+        names = dict.fromkeys([*value.split(","), *needed.get(key, [])])
+        words.append(f"{key}={','.join(names)}" if key in needed else word)
+    return shlex.join(words)
 
 
 def _with_seeds(command: str, n: int, seeds: Sequence[int]) -> str:
