@@ -32,7 +32,7 @@ import numpy as np
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from fwlora_lab.errors import UserError
-from fwlora_lab.runconfig import NOT_IN_FINGERPRINT, RunConfig, fingerprint, to_yaml
+from fwlora_lab.runconfig import RunConfig, fingerprint, in_fingerprint, to_yaml
 
 SCHEMA_VERSION = 1
 
@@ -372,9 +372,8 @@ def differences(cfg: RunConfig, record: Record, data_fingerprint: str | None) ->
     if record.config_fingerprint != fingerprint(cfg):
         asked = dict(_flatten(cfg.model_dump(mode="json")))
         there = dict(_flatten(record.config))
-        ignored = tuple(f"{key}." for key in NOT_IN_FINGERPRINT)
         for key in sorted(asked.keys() | there.keys()):
-            if asked.get(key) != there.get(key) and not f"{key}.".startswith(ignored):
+            if asked.get(key) != there.get(key) and in_fingerprint(key):
                 out.append(f"{key}: {there.get(key)!r} there, {asked.get(key)!r} asked for")
         if not out:
             out.append("config fingerprint (written by another version of the config schema)")

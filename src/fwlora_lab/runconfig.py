@@ -715,7 +715,7 @@ def to_yaml(cfg: RunConfig) -> str:
 
 # Names and places, which change no result. Whether the files of two places hold the same data, the data's own
 # fingerprint tells.
-NOT_IN_FINGERPRINT = (
+_NOT_IN_FINGERPRINT = (
     "run_id",
     "results_dir",
     "optuna",
@@ -728,6 +728,11 @@ NOT_IN_FINGERPRINT = (
 )
 
 
+def in_fingerprint(key: str) -> bool:
+    """Whether the leaf `key`, with dots, can change a run's result, unless the run ignores it."""
+    return not f"{key}.".startswith(tuple(f"{name}." for name in _NOT_IN_FINGERPRINT))
+
+
 def fingerprint(cfg: RunConfig) -> str:
     """sha256 (hex) of everything in the config that changes a run's result.
 
@@ -737,8 +742,7 @@ def fingerprint(cfg: RunConfig) -> str:
     data = cfg.model_dump()
     data["method"] = cfg.arm
     data["model"]["lora"]["alpha"] = cfg.model.lora.scale
-    dropped = [*NOT_IN_FINGERPRINT]
-    dropped += [key for key, _ in _ignored(cfg)]
+    dropped = [*_NOT_IN_FINGERPRINT, *(key for key, _ in _ignored(cfg))]
     if cfg.model.lora.rank is not None:
         dropped.append("model.parameter_budget_percent")
     for key in dropped:

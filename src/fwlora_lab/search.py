@@ -45,11 +45,11 @@ from fwlora_lab.launch import launch
 from fwlora_lab.methods import derive
 from fwlora_lab.runconfig import (
     LEAVES,
-    NOT_IN_FINGERPRINT,
     Dimension,
     OptunaConfig,
     RunConfig,
     get_key,
+    in_fingerprint,
     to_yaml,
     warnings_of,
     with_values,
@@ -188,8 +188,7 @@ class Search:
     def identity(self, data_fingerprint: str) -> dict[str, dict[str, Any]]:
         """What a study is a study of, by name: two with the same are one, and their trials compare."""
         cfg = self.base.model_dump(mode="json") | {"method": self.base.arm}
-        left_out = tuple(f"{key}." for key in (*NOT_IN_FINGERPRINT, *self.dimensions))
-        keys = [key for key in LEAVES if not f"{key}.".startswith(left_out)]
+        keys = [key for key in LEAVES if in_fingerprint(key) and key not in self.dimensions]
         return {
             "config": {key: get_key(cfg, key) for key in keys},
             "space": {key: d.model_dump(mode="json", exclude_none=True) for key, d in self.dimensions.items()},

@@ -491,8 +491,9 @@ def _covering(command: str, claim: Claim) -> str:
     words = []
     for word in shlex.split(command):
         key, _, value = word.partition("=")
-        names = dict.fromkeys([*value.split(","), *needed.get(key, [])])
-        words.append(f"{key}={','.join(names)}" if key in needed else word)
+        if key in needed:
+            word = f"{key}={','.join(dict.fromkeys([*value.split(','), *needed[key]]))}"
+        words.append(word)
     return shlex.join(words)
 
 
