@@ -302,10 +302,6 @@ class _Worker:
 
     def hear(self, event: Event) -> None:
         """A listener for `train_drawn`."""
-        with self.stop.held():
-            self._hear(event)
-
-    def _hear(self, event: Event) -> None:
         if isinstance(event, Note):
             self.watch.note(event.text)
             return
