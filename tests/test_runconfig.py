@@ -32,6 +32,7 @@ from fwlora_lab.runconfig import (
     check_warmup,
     fingerprint,
     reads,
+    dimensions_of,
     search_key,
     to_yaml,
     warnings_of,
@@ -78,7 +79,7 @@ def test_both_runs_of_the_request_hold_its_values():
     fw = cfg.fw_lora
     assert (fw.lambda_fw, fw.warmup_steps, fw.fisher_alpha) == (1e-4, 500, 0.98)
     assert cfg.optuna and cfg.optuna.n_trials == 30
-    assert list(cfg.optuna.dimensions) == [
+    assert list(dimensions_of(cfg.optuna)) == [
         "training.learning_rate",
         "fw_lora.lambda_fw",
         "model.lora.rank",
@@ -461,7 +462,7 @@ def test_both_dialects_of_a_search_mean_the_same():
         {"param_name": n, "distribution_type": d.pop("type"), **d} for n, d in space.items()
     ]
     listed = RunConfig.model_validate(data)
-    assert listed.optuna and listed.optuna.dimensions == by_name.optuna.dimensions
+    assert listed.optuna and dimensions_of(listed.optuna) == dimensions_of(by_name.optuna)
 
 
 def test_a_config_cannot_be_changed():

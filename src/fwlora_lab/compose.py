@@ -32,21 +32,19 @@ from hydra.plugins.config_source import ConfigResult, ConfigSource
 from omegaconf import OmegaConf
 from omegaconf._utils import get_yaml_loader
 from omegaconf.errors import OmegaConfBaseException
-from pydantic import (
-    ValidationError,
-)
 
 from fwlora_lab.errors import UserError
 from fwlora_lab.runconfig import (
     KEYS,
+    InvalidRun,
     Issue,
     RunConfig,
     get_key,
-    issues_of,
     listing,
     nearest,
     nearest_key,
     schema_defaults,
+    validate_run,
     warnings_of,
 )
 
@@ -475,22 +473,18 @@ def load_run(run: str, overrides: Sequence[str] = (), config_dir: str | None = N
     ]
     data = _compose(file, lines)
     given = {o.key_or_group: o.input_line for o in parsed}
-    issues = _faults_of(data)
-    if issues:
-        raise UserError(listing([f"{_place(file, source.lines, given, i.key)}{i.text}" for i in issues]))
-    return RunConfig.model_validate(data)
+    try:
+        return validate_run(data)
+    except InvalidRun as error:
+        issues = _faults_of(data, error.issues)
+        raise UserError(listing([f"{_place(file, source.lines, given, i.key)}{i.text}" for i in issues])) from None
 
 
-def _faults_of(data: dict[str, Any]) -> list[Issue]:
-    """Every fault of a composed config: of single keys first, then of their combinations.
+def _faults_of(data: dict[str, Any], issues: list[Issue]) -> list[Issue]:
+    """Every fault of a composed config: those found first, of single keys, then of their combinations.
 
     Combinations are judged with the faulty keys left out, so that one reading lists everything.
     """
-    try:
-        RunConfig.model_validate(data)
-        return []
-    except ValidationError as error:
-        issues = issues_of(error, data)
     rest = json.loads(json.dumps(data))
     for issue in issues:
         try:
@@ -502,12 +496,12 @@ def _faults_of(data: dict[str, Any]) -> list[Issue]:
         except (KeyError, TypeError, AttributeError):
             return issues  # a whole block is amiss: say that first
     try:
-        RunConfig.model_validate(rest)
-    except ValidationError as error:
+        validate_run(rest)
+    except InvalidRun as error:
         faulty = [i.key for i in issues]
         issues += [
             i
-            for i in issues_of(error, rest)
+            for i in error.issues
             if not any(f"{i.key}.".startswith(f"{key}.") or key in i.text for key in faulty)
         ]
     return issues

@@ -23,7 +23,7 @@ from fwlora_lab.runconfig import (
     KEYS,
     Arm,
     Dimension,
-    RunConfig,
+    InvalidRun,
     get_key,
     issues_of,
     listing,
@@ -31,6 +31,7 @@ from fwlora_lab.runconfig import (
     reads,
     schema_defaults,
     search_key,
+    validate_run,
 )
 from fwlora_lab.spaces import Space, parse_space
 
@@ -475,10 +476,10 @@ class Plan:
                 notes[f"optuna.search_space.{name}.type"] = self._note(one_line(found.note), place)
             data["optuna"] = {"n_trials": draft.n_trials.value, "direction": "maximize", "search_space": space}
         try:
-            RunConfig.model_validate(data)
-        except ValidationError as error:
+            validate_run(data)
+        except InvalidRun as error:
             messages = []
-            for key, text in issues_of(error, data):
+            for key, text in error.issues:
                 value = draft.values.get(key)
                 origin = value.place if value is not None else ""
                 for _, name, place in draft.search.values():

@@ -54,7 +54,7 @@ class Issue(NamedTuple):
     text: str
 
 
-class _Faults(ValueError):
+class Faults(ValueError):
     """Several faults found by one validator."""
 
     def __init__(self, issues: list[Issue]) -> None:
@@ -114,11 +114,11 @@ Precision = Annotated[Literal["bf16", "no"], BeforeValidator(lambda v: "no" if v
 Number = int | float
 
 
-class _Block(BaseModel):
+class Block(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False, hide_input_in_errors=True)
 
 
-class LoraSettings(_Block):
+class LoraSettings(Block):
     """The adapters: rank r (None: the parameter budget decides), alpha, and where they sit."""
 
     enabled: bool = True
@@ -135,7 +135,7 @@ class LoraSettings(_Block):
         return 2.0 if self.alpha is None or self.rank is None else self.alpha / self.rank
 
 
-class ModelConfig(_Block):
+class ModelConfig(Block):
     """The backbone: `minilm`, a local folder or a hub id, and the budget in percent of its size."""
 
     name: Text
@@ -145,7 +145,7 @@ class ModelConfig(_Block):
     lora: LoraSettings = Field(default_factory=LoraSettings)
 
 
-class DatasetConfig(_Block):
+class DatasetConfig(Block):
     """The data. `seed` carves and samples: all training seeds of a run see the same split."""
 
     name: Literal["glue", "offline", "csv", "jsonl"]
@@ -166,7 +166,7 @@ class DatasetConfig(_Block):
     seed: Seed = 0
 
 
-class TrainingConfig(_Block):
+class TrainingConfig(Block):
     """The loop. `evaluate_on` is `selection` while tuning, `dev` for what is reported.
 
     `engine` trains a run in a lane of a shared backbone on packed batches, several runs at once (`lanes`), or with
@@ -191,7 +191,7 @@ class TrainingConfig(_Block):
     engine: Literal["lanes", "peft"] = "lanes"
 
 
-class FWLoraSettings(_Block):
+class FWLoraSettings(Block):
     """λ, K (steps, or a fraction of the run), the EMA factor, the rest as in `FWLoraConfig`."""
 
     lambda_fw: Annotated[float, Field(ge=0)] = 1e-4
@@ -210,7 +210,7 @@ class FWLoraSettings(_Block):
     start: Annotated[int, Field(ge=0)] = 0
 
 
-class AdaLoraSettings(_Block):
+class AdaLoraSettings(Block):
     """PEFT's AdaLoRA; in shares of the run, it prunes from tinit on until tfinal before the end.
 
     Of these, svd_lora reads orth_reg_weight alone: it keeps the ranks that it begins with.
@@ -260,7 +260,7 @@ def _check_dimension(
         raise ValueError(f"step {step} must be above 0 and at most high − low = {high - low}")
 
 
-class Dimension(_Block):
+class Dimension(Block):
     """One hyper-parameter of `optuna.search_space`, under its name."""
 
     type: Distribution
@@ -275,7 +275,7 @@ class Dimension(_Block):
         return self
 
 
-class NamedDimension(_Block):
+class NamedDimension(Block):
     """One hyper-parameter of the list `optuna.search_spaces`, the second dialect."""
 
     param_name: Text
@@ -291,7 +291,7 @@ class NamedDimension(_Block):
         return self
 
 
-class OptunaConfig(_Block):
+class OptunaConfig(Block):
     """The search around a run; `search_space` by name or `search_spaces` as a list, not both.
 
     `n_trials` is the study's total over all workers and restarts. A trial is scored by the mean over
@@ -320,17 +320,8 @@ class OptunaConfig(_Block):
             raise ValueError(f"search_spaces names {', '.join(twice)} more than once")
         return self
 
-    @property
-    def dimensions(self) -> dict[str, Dimension]:
-        """Both dialects as one: dotted key of the run config -> its dimension."""
-        named = self.search_space or {
-            d.param_name: Dimension(type=d.distribution_type, low=d.low, high=d.high, step=d.step, choices=d.choices)
-            for d in self.search_spaces or ()
-        }
-        return {search_key(name): dimension for name, dimension in named.items()}
 
-
-class RunConfig(_Block):
+class RunConfig(Block):
     """One run, complete: everything that decides its result, and where the result goes."""
 
     run_id: RunId
@@ -352,7 +343,7 @@ class RunConfig(_Block):
     def _combinations(self) -> RunConfig:
         issues = _impossible(self)
         if issues:
-            raise _Faults(issues)
+            raise Faults(issues)
         return self
 
 
@@ -423,9 +414,39 @@ def _impossible(cfg: RunConfig) -> list[Issue]:
             f"{fw.start} leaves no step to watch before fw_lora.warmup_steps = {fw.warmup_steps}: "
             "lower it, or watch longer",
         )
-    if cfg.optuna is not None:
-        issues += _unsearchable(cfg, cfg.optuna)
     return issues
+
+
+def dimensions_of(optuna: OptunaConfig) -> dict[str, Dimension]:
+    """Both dialects as one: dotted key of the run config -> its dimension."""
+    named = optuna.search_space or {
+        d.param_name: Dimension(type=d.distribution_type, low=d.low, high=d.high, step=d.step, choices=d.choices)
+        for d in optuna.search_spaces or ()
+    }
+    return {search_key(name): dimension for name, dimension in named.items()}
+
+
+class InvalidRun(ValueError):
+    """A run config with faults; `issues` lists them all."""
+
+    def __init__(self, issues: list[Issue]) -> None:
+        super().__init__("; ".join(f"{i.key}: {i.text}" for i in issues))
+        self.issues = issues
+
+
+def validate_run(data: Mapping[str, Any]) -> RunConfig:
+    """The run config in plain values, its search space checked too.
+
+    Raises:
+        InvalidRun: with every fault found.
+    """
+    try:
+        cfg = RunConfig.model_validate(data)
+    except ValidationError as error:
+        raise InvalidRun(issues_of(error, data)) from None
+    if cfg.optuna is not None and (issues := _unsearchable(cfg, cfg.optuna)):
+        raise InvalidRun(issues)
+    return cfg
 
 
 def _unsearchable(cfg: RunConfig, optuna: OptunaConfig) -> list[Issue]:
@@ -451,7 +472,7 @@ def _unsearchable(cfg: RunConfig, optuna: OptunaConfig) -> list[Issue]:
             ends = [float(end) for end in ends if end is not None]  # what a trial would draw between them
         for value in dimension.choices or ends:
             trial = json.loads(json.dumps(plain))
-            _set(trial, key, value)
+            set_key(trial, key, value)
             try:
                 RunConfig.model_validate(trial)
             except ValidationError as error:
@@ -466,9 +487,9 @@ def _unsearchable(cfg: RunConfig, optuna: OptunaConfig) -> list[Issue]:
 # ---------------------------------------------------------------------------------------------
 
 
-def _block_of(annotation: Any) -> type[_Block] | None:
+def _block_of(annotation: Any) -> type[Block] | None:
     """The block inside an annotation such as `OptunaConfig | None`; None for plain values."""
-    if isinstance(annotation, type) and issubclass(annotation, _Block):
+    if isinstance(annotation, type) and issubclass(annotation, Block):
         return annotation
     if get_origin(annotation) in (Union, types.UnionType, Annotated):
         for part in get_args(annotation):
@@ -478,7 +499,7 @@ def _block_of(annotation: Any) -> type[_Block] | None:
     return None
 
 
-def _walk_schema(block: type[_Block] = RunConfig, prefix: str = "") -> Iterator[tuple[str, bool]]:
+def _walk_schema(block: type[Block] = RunConfig, prefix: str = "") -> Iterator[tuple[str, bool]]:
     """Every key path of the schema in its order, and whether it is a block."""
     for name, field in block.model_fields.items():
         inner = _block_of(field.annotation)
@@ -492,7 +513,7 @@ LEAVES = [key for key, is_block in KEYS.items() if not is_block]
 _SEARCHED = [k for k in LEAVES if k.split(".")[0] in ("model", "dataset", "training", "fw_lora", "adalora")]
 
 
-def schema_defaults(block: type[_Block] = RunConfig) -> dict[str, Any]:
+def schema_defaults(block: type[Block] = RunConfig) -> dict[str, Any]:
     """The schema as Hydra sees it: every key with its default, `???` where there is none."""
     defaults: dict[str, Any] = {}
     for name, field in block.model_fields.items():
@@ -512,7 +533,7 @@ def get_key(data: Any, key: str) -> Any:
     return data
 
 
-def _set(data: dict[str, Any], key: str, value: Any) -> None:
+def set_key(data: dict[str, Any], key: str, value: Any) -> None:
     *blocks, last = key.split(".")
     for part in blocks:
         data = data[part]
@@ -523,11 +544,11 @@ def with_values(cfg: RunConfig, values: Mapping[str, Any]) -> RunConfig:
     """The config with other values under some of its keys; a UserError that names every one that does not go."""
     data = json.loads(json.dumps(cfg.model_dump()))
     for key, value in values.items():
-        _set(data, key, value)
+        set_key(data, key, value)
     try:
-        return RunConfig.model_validate(data)
-    except ValidationError as error:
-        raise UserError(listing([f"{i.key}: {i.text}" for i in issues_of(error, data)])) from None
+        return validate_run(data)
+    except InvalidRun as error:
+        raise UserError(listing([f"{i.key}: {i.text}" for i in error.issues])) from None
 
 
 def search_key(name: str) -> str:
@@ -635,7 +656,7 @@ def issues_of(error: ValidationError, data: Any) -> list[Issue]:
     issues: dict[str, Issue] = {}
     for item in error.errors(include_url=False):
         inner = item.get("ctx", {}).get("error")
-        if isinstance(inner, _Faults):
+        if isinstance(inner, Faults):
             for issue in inner.issues:
                 issues.setdefault(issue.key, issue)
             continue
@@ -742,12 +763,12 @@ def fingerprint(cfg: RunConfig) -> str:
     data = cfg.model_dump()
     data["method"] = cfg.arm
     data["model"]["lora"]["alpha"] = cfg.model.lora.scale
-    dropped = [*_NOT_IN_FINGERPRINT, *(key for key, _ in _ignored(cfg))]
+    dropped = [*_NOT_IN_FINGERPRINT, *(key for key, _ in ignored_keys(cfg))]
     if cfg.model.lora.rank is not None:
         dropped.append("model.parameter_budget_percent")
     for key in dropped:
         if key != "model.lora.alpha":
-            _set(data, key, None)
+            set_key(data, key, None)
     if cfg.training.engine == "peft":
         del data["training"]["engine"]  # records from before there was a choice stay what they are
     text = json.dumps(data, sort_keys=True, ensure_ascii=True, allow_nan=False)
@@ -762,7 +783,7 @@ def reads(arm: Arm, key: str) -> bool:
     return block not in ("fw_lora", "adalora") or block == arm
 
 
-def _ignored(cfg: RunConfig) -> list[tuple[str, str]]:
+def ignored_keys(cfg: RunConfig) -> list[tuple[str, str]]:
     """Every key that has no effect in this run, and why."""
     found: list[tuple[str, str]] = []
 
@@ -802,14 +823,14 @@ def _ignored(cfg: RunConfig) -> list[tuple[str, str]]:
 def warnings_of(cfg: RunConfig) -> list[str]:
     """One sentence for every setting that was changed and has no effect in this run."""
     data, defaults = cfg.model_dump(), schema_defaults()
-    ignored = _ignored(cfg)
+    ignored = ignored_keys(cfg)
     warnings = [
         f"{key} = {get_key(data, key)} is ignored: {why}"
         for key, why in ignored
         if get_key(data, key) != get_key(defaults, key)
     ]
     reasons = dict(ignored)
-    searched = cfg.optuna.dimensions if cfg.optuna is not None else {}
+    searched = dimensions_of(cfg.optuna) if cfg.optuna is not None else {}
     warnings += [f"optuna searches {key}, which is ignored: {reasons[key]}" for key in searched if key in reasons]
     return warnings
 

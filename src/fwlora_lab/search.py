@@ -48,6 +48,7 @@ from fwlora_lab.runconfig import (
     Dimension,
     OptunaConfig,
     RunConfig,
+    dimensions_of,
     get_key,
     in_fingerprint,
     to_yaml,
@@ -110,7 +111,7 @@ class Search:
                 f"{cfg.run_id} has no search space: add a block `optuna` with n_trials and search_space, for example\n"
                 "  '+optuna={n_trials: 12, search_space: {learning_rate: {type: loguniform, low: 1e-4, high: 1e-2}}}'"
             )
-        dimensions = cfg.optuna.dimensions
+        dimensions = dimensions_of(cfg.optuna)
         for key in dimensions:
             if key in _NOT_SEARCHED:
                 raise UserError(f"optuna: {key} cannot be searched: trials would be scored on something else each")
