@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from transformers import BertConfig, BertForMaskedLM, BertTokenizerFast
 
-from fwlora_lab.runconfig import RunConfig
+from fwlora_lab.config.schema import RunConfig
 
 _NOUNS = ("dog", "cat", "tree", "bird", "boat", "house")
 _VERBS = ("sees", "eats", "likes", "finds")

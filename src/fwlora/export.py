@@ -21,8 +21,8 @@ from peft.utils import get_peft_model_state_dict
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from fwlora.adapters import bare_name, pair_of, refuse_splitting_inits
 from fwlora.budget import lora_kwargs
-from fwlora.pairs import bare_name, pair_of, refuse_splitting_inits
 
 # What a config says about other things than ranks, scales and how they were trained.
 _KEPT = (

@@ -1,5 +1,7 @@
 """What goes wrong because of what somebody wrote: printed as one message, never as a traceback."""
 
+from __future__ import annotations
+
 
 class UserError(ValueError):
     """A mistake in a config, a data file, a folder or a command line.

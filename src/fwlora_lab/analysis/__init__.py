@@ -1,0 +1,1 @@
+"""Statistics, paired comparisons, claims and verdicts: pure functions over records."""

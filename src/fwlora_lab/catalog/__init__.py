@@ -1,0 +1,1 @@
+"""Names and facts as data: tasks, encoders and methods."""

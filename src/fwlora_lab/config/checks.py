@@ -1,0 +1,98 @@
+"""TODO"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from fwlora_lab.catalog.methods import MethodName
+from fwlora_lab.config.keys import LEAVES, get_key, schema_defaults
+from fwlora_lab.config.schema import RunConfig
+from fwlora_lab.config.search_space import dimensions_of
+from fwlora_lab.errors import UserError
+
+
+def reads(arm: MethodName, key: str) -> bool:
+    """Whether this method looks at the key; only the methods' own blocks are not for all of them."""
+    block = key.split(".")[0]
+    if arm == "svd_lora" and block == "adalora":
+        return key == "adalora.orth_reg_weight"
+    return block not in ("fw_lora", "adalora") or block == arm
+
+
+def ignored_keys(cfg: RunConfig) -> list[tuple[str, str]]:
+    """Every key that has no effect in this run, and why."""
+    found: list[tuple[str, str]] = []
+
+    def ignore(keys: Iterable[str], why: str) -> None:
+        found.extend((key, why) for key in keys)
+
+    fw, data = cfg.fw_lora, cfg.dataset
+    ignore((k for k in LEAVES if not reads(cfg.arm, k)), f"method is {cfg.method}")
+    if cfg.arm == "fw_lora":
+        if fw.weighting != "power":
+            ignore(["fw_lora.gamma", "fw_lora.clip"], f"fw_lora.weighting is {fw.weighting}, not power")
+        if fw.estimator != "sketch":
+            ignore(["fw_lora.sketch_columns"], f"fw_lora.estimator is {fw.estimator}, not sketch")
+        if fw.estimator == "adapter":
+            ignore(["fw_lora.every"], "fw_lora.estimator is adapter, which is free at every step")
+    if cfg.model.lora.rank is None:
+        ignore(["model.lora.alpha"], "without a rank there is no alpha/rank; the scale is 2")
+    if cfg.model.pretrained_id == "minilm":
+        ignore(["model.revision"], "minilm comes with its package")
+    if data.name != "glue":
+        ignore(
+            [f"dataset.{k}" for k in ("subset", "root", "revision")],
+            f"dataset.name is {data.name}, not glue",
+        )
+    elif data.root is not None:
+        ignore(["dataset.revision"], "the data come from dataset.root")
+    if data.name in ("csv", "jsonl"):
+        ignore(["dataset.split", "dataset.eval_split"], "train_file and eval_file are the splits")
+    else:
+        ignore(
+            [f"dataset.{k}" for k in ("train_file", "eval_file", "text_column", "label_column")],
+            f"dataset.name is {data.name}, not csv or jsonl",
+        )
+    return found
+
+
+def warnings_of(cfg: RunConfig) -> list[str]:
+    """One sentence for every setting that was changed and has no effect in this run."""
+    data, defaults = cfg.model_dump(), schema_defaults()
+    ignored = ignored_keys(cfg)
+    warnings = [
+        f"{key} = {get_key(data, key)} is ignored: {why}"
+        for key, why in ignored
+        if get_key(data, key) != get_key(defaults, key)
+    ]
+    reasons = dict(ignored)
+    searched = dimensions_of(cfg.optuna) if cfg.optuna is not None else {}
+    warnings += [f"optuna searches {key}, which is ignored: {reasons[key]}" for key in searched if key in reasons]
+    return warnings
+
+
+def check_warmup(cfg: RunConfig, total_steps: int, train_examples: int | None = None) -> None:
+    """Refuse a Fisher phase that would not end before the run does (K ≥ total optimiser steps)."""
+    k = cfg.fw_lora.warmup_steps
+    if cfg.arm != "fw_lora":
+        return
+    t = cfg.training
+    examples = f"{train_examples} examples / " if train_examples is not None else ""
+    accumulated = f" x {t.gradient_accumulation_steps}" if t.gradient_accumulation_steps > 1 else ""
+    run = (
+        f"the {total_steps} optimiser steps of this run ({examples}batch {t.batch_size}"
+        f"{accumulated}, {t.epochs} epoch{'s' if t.epochs > 1 else ''})"
+    )
+    if total_steps < 2:
+        raise UserError(f"fw_lora.warmup_steps: {run} leave no room for a Fisher phase: train longer")
+    steps = k if isinstance(k, int) else max(1, round(k * total_steps))
+    if steps >= total_steps:
+        raise UserError(
+            f"fw_lora.warmup_steps = {k} is not smaller than {run}: use "
+            f"fw_lora.warmup_steps={max(1, total_steps // 4)} or a fraction such as 0.25"
+        )
+    if cfg.fw_lora.start >= steps:
+        raise UserError(
+            f"fw_lora.start = {cfg.fw_lora.start} leaves no step to watch: "
+            f"fw_lora.warmup_steps = {k} ends the Fisher phase after {steps} of {run}; lower start"
+        )

@@ -1,0 +1,51 @@
+"""TODO"""
+
+from __future__ import annotations
+
+import re
+from decimal import Decimal
+from typing import Any
+
+import yaml
+
+from fwlora_lab.config.schema import RunConfig
+
+
+class Writer(yaml.SafeDumper):
+    """YAML that PyYAML, ruamel and OmegaConf read alike."""
+
+    def ignore_aliases(self, data: Any) -> bool:
+        return True
+
+
+def _write_float(dumper: Writer, value: float) -> yaml.ScalarNode:
+    text = repr(value)
+    if "e" in text or 0 < abs(value) < 1e-3:
+        # PyYAML reads a float only with a point in the mantissa and a signed exponent.
+        sign, digits, exponent = Decimal(text).normalize().as_tuple()
+        assert isinstance(exponent, int)
+        tail = "".join(map(str, digits[1:])) or "0"
+        text = f"{'-' if sign else ''}{digits[0]}.{tail}e{exponent + len(digits) - 1:+d}"
+    return dumper.represent_scalar("tag:yaml.org,2002:float", text)
+
+
+_BARE_WORD = re.compile(r"[A-Za-z_][A-Za-z0-9_./-]*")
+_YAML_WORDS = {"y", "n", "yes", "no", "on", "off", "true", "false", "null", "nan", "inf"}
+
+
+def _write_text(dumper: Writer, value: str) -> yaml.ScalarNode:
+    bare = _BARE_WORD.fullmatch(value) and value.lower() not in _YAML_WORDS
+    return dumper.represent_scalar("tag:yaml.org,2002:str", value, style=None if bare else '"')
+
+
+Writer.add_representer(float, _write_float)
+Writer.add_representer(str, _write_text)
+
+
+def to_yaml(cfg: RunConfig) -> str:
+    """The complete config as YAML, every key written out; reading it back gives an equal config."""
+    data = cfg.model_dump()
+    if cfg.optuna is not None and cfg.optuna.search_space:
+        for name, dimension in cfg.optuna.search_space.items():
+            data["optuna"]["search_space"][name] = dimension.model_dump(exclude_none=True)
+    return yaml.dump(data, Dumper=Writer, sort_keys=False, allow_unicode=True, width=1_000_000)

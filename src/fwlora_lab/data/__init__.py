@@ -1,0 +1,1 @@
+"""Data sets as token tables, batches and metrics."""

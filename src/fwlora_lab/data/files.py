@@ -1,0 +1,215 @@
+"""TODO"""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NoReturn
+
+import numpy as np
+
+from fwlora_lab.data.task import Examples, TaskSpec
+from fwlora_lab.data.text_files import hint, read_text, refuse, refuse_file
+from fwlora_lab.errors import UserError
+
+if TYPE_CHECKING:
+    from fwlora_lab.config.schema import DatasetConfig
+
+
+@dataclass(frozen=True)
+class FileRow:
+    number: int  # the line on which it ends, counted from 1
+    texts: tuple[str, ...]
+    label: str | int
+
+
+def load_files(cfg: DatasetConfig) -> tuple[TaskSpec, Examples, Examples, str]:
+    for key in ("train_file", "eval_file", "text_column", "label_column"):
+        if not getattr(cfg, key):
+            raise UserError(f"dataset.{key}: a {cfg.name} dataset needs it, and it is not set")
+    text = (cfg.text_column,) if isinstance(cfg.text_column, str) else tuple(cfg.text_column or ())
+    label = str(cfg.label_column)
+    if len(text) > 2 or len({*text, label}) != len(text) + 1:
+        raise UserError(
+            "dataset.text_column, dataset.label_column: give one or two text columns and another "
+            f"one for the label, not {', '.join(text)} and {label}"
+        )
+    paths = [Path(str(name)).expanduser() for name in (cfg.train_file, cfg.eval_file)]
+    read = _read_csv if cfg.name == "csv" else _read_jsonl
+    rows = [read(path, text, label) for path in paths]
+    if paths[0].samefile(paths[1]):
+        raise UserError(
+            f"dataset.train_file, dataset.eval_file: both are {paths[0]}, so the model would be "
+            "judged on what it was trained on; split the file in two"
+        )
+    classes = _classes(paths[0], rows[0], label)
+    spec = TaskSpec(
+        name=paths[0].stem,
+        kind="classification",
+        labels=tuple(str(c) for c in classes),
+        text_fields=1 if len(text) == 1 else 2,
+        metrics=("accuracy", "matthews_correlation"),
+        primary="accuracy",
+    )
+    numbers = {value: i for i, value in enumerate(classes)}
+    train, dev = (_examples(path, part, label, numbers) for path, part in zip(paths, rows, strict=True))
+    return spec, train, dev, f"{cfg.name} files {paths[0]} and {paths[1]}"
+
+
+def _classes(path: Path, rows: list[FileRow], column: str) -> list[str | int]:
+    """The distinct labels of train, in numerical order if all are whole numbers, else sorted."""
+    count = Counter(row.label for row in rows)
+    if len({type(label) for label in count}) > 1:
+        odd = min((type(row.label).__name__, row.number) for row in rows)[1]
+        refuse(path, odd, column, "some labels are strings and some are numbers; write one kind")
+    if len(count) == 1:
+        only = next(iter(count))
+        refuse_file(
+            path,
+            f"all {len(rows)} labels in column {column!r} are {only!r}, so there is nothing to "
+            "learn; use data with two classes or more",
+        )
+    if len(count) > max(20, len(rows) // 2):
+        refuse_file(
+            path,
+            f"column {column!r} holds {len(count)} different labels in {len(rows)} rows, which is "
+            "no classification task; check dataset.label_column",
+        )
+    labels = sorted(count, key=str)
+    whole = all(isinstance(label, int) or _is_whole(label) for label in labels)
+    return sorted(labels, key=int) if whole else labels
+
+
+def _is_whole(label: str) -> bool:
+    # "01" and "1" are two labels, so only the canonical spelling counts as a number.
+    return label.lstrip("-").isdecimal() and label.isascii() and str(int(label)) == label
+
+
+def _examples(path: Path, rows: list[FileRow], column: str, numbers: dict[str | int, int]) -> Examples:
+    labels = []
+    for row in rows:
+        if row.label not in numbers:
+            known = [str(name) for name in numbers]
+            refuse(
+                path,
+                row.number,
+                column,
+                f"the label {row.label!r} does not occur in the training file"
+                f"{hint(str(row.label), known)}; its labels are {', '.join(known[:10])}",
+            )
+        labels.append(numbers[row.label])
+    texts = tuple(r.texts[0] if len(r.texts) == 1 else (r.texts[0], r.texts[1]) for r in rows)
+    return Examples(texts, np.array(labels, dtype=np.int64))
+
+
+def _read_csv(path: Path, text: tuple[str, ...], label: str) -> list[FileRow]:
+    reader = csv.reader(io.StringIO(read_text(path), newline=""), strict=True)
+    rows = []
+    header: list[str] | None = None
+    columns: list[int] = []
+    try:
+        for cells in reader:
+            if not cells:
+                continue
+            if header is None:
+                header = [name.strip() for name in cells]
+                columns = [column_of(path, header, name) for name in (*text, label)]
+                continue
+            if len(cells) != len(header):
+                refuse(
+                    path,
+                    reader.line_num,
+                    None,
+                    f"{len(cells)} cells instead of {len(header)} ({', '.join(header)}); put a "
+                    'text that holds a comma into "quotes"',
+                )
+            *fields, value = (cells[c] for c in columns)
+            value = value.strip()
+            if value in ("", "nan", "NaN"):
+                refuse(path, reader.line_num, label, "the label is missing; fill it or drop the row")
+            rows.append(_row(path, reader.line_num, text, fields, value))
+    except csv.Error as error:
+        refuse(
+            path,
+            reader.line_num,
+            None,
+            f"this is no valid CSV ({error}); most often a quotation mark is not closed, or not "
+            'doubled inside a "quoted" text',
+        )
+    if not rows:
+        refuse_file(path, "there is no example in it")
+    return rows
+
+
+def _read_jsonl(path: Path, text: tuple[str, ...], label: str) -> list[FileRow]:
+    rows = []
+    for number, line in enumerate(read_text(path).split("\n"), 1):
+        if not line.strip():
+            continue
+        try:
+            record = json.loads(line, object_pairs_hook=_no_duplicates, parse_constant=_no_constant)
+        except (ValueError, RecursionError) as error:
+            refuse(path, number, None, f"this is no valid JSON ({error}); write one object a line")
+        if not isinstance(record, dict):
+            kind = type(record).__name__
+            refuse(path, number, None, f'a {kind} instead of an object like {{"{text[0]}": ...}}')
+        missing = next((name for name in (*text, label) if name not in record), None)
+        if missing is not None:
+            refuse(path, number, missing, f"the key is missing{hint(missing, record)}; add it")
+        for name in text:
+            if not isinstance(record[name], str):
+                refuse(path, number, name, f"the text is {record[name]!r}; it must be a string")
+        value = record[label]
+        if isinstance(value, str):
+            value = value.strip()
+        if isinstance(value, bool) or not isinstance(value, str | int) or value == "":
+            refuse(
+                path,
+                number,
+                label,
+                f"the label is {value!r}; it must be a non-empty string or a whole number",
+            )
+        rows.append(_row(path, number, text, [record[name] for name in text], value))
+    if not rows:
+        refuse_file(path, "there is no example in it")
+    return rows
+
+
+def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    record = dict(pairs)
+    if len(record) != len(pairs):
+        double = Counter(key for key, _ in pairs).most_common(1)[0][0]
+        raise ValueError(f"the key {double!r} occurs twice")
+    return record
+
+
+def _no_constant(name: str) -> NoReturn:
+    raise ValueError(f"{name} is not a JSON number")
+
+
+def _row(path: Path, number: int, names: tuple[str, ...], fields: Sequence[str], label: str | int) -> FileRow:
+    texts = tuple(field.strip() for field in fields)
+    for name, field in zip(names, texts, strict=True):
+        if not field:
+            refuse(path, number, name, "the text is empty; fill it or drop the row")
+        try:
+            field.encode()
+        except UnicodeEncodeError:
+            refuse(path, number, name, "the text holds half a surrogate pair (\\ud800 to \\udfff)")
+    return FileRow(number, texts, label)
+
+
+def column_of(path: Path, header: Sequence[str], name: str) -> int:
+    if header.count(name) == 1:
+        return header.index(name)
+    if name in header:
+        refuse(path, 1, name, "two columns have this name; rename one")
+    odd = [c for c in "\t;|" if len(header) == 1 and c in header[0]]
+    cure = f"; it seems to be separated by {odd[0]!r}, save it with commas" if odd else ""
+    names = ", ".join(header[:12])
+    refuse(path, 1, name, f"there is no such column{hint(name, header)}; it has {names}{cure}")

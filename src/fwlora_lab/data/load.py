@@ -1,0 +1,99 @@
+"""From a dataset's name, folder or file to examples, batches and an official score.
+
+The path of the data: `load_task` reads and splits, `tokenize` turns texts into one flat table,
+`epoch_batches` and `collate` cut batches from it, `score` says how good the predictions are.
+Texts are stripped at both ends: GLUE's own files disagree with each other about a trailing blank
+(SST-2's dev.tsv has one in every row, train.tsv in none), and a byte-level tokenizer would see it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from fwlora_lab.data.files import load_files
+from fwlora_lab.data.glue import load_glue
+from fwlora_lab.data.offline.task import load_offline
+from fwlora_lab.data.task import Examples, TaskData, TaskSpec
+from fwlora_lab.errors import UserError
+
+if TYPE_CHECKING:
+    from fwlora_lab.config.schema import DatasetConfig
+
+
+def load_task(cfg: DatasetConfig) -> TaskData:
+    """Read a dataset, carve the selection split from train, and subsample train.
+
+    Both are drawn from `cfg.seed` alone: first `selection_fraction` of train (per class, for
+    classification), then `train_examples` of what is left, in the file's order. The first n
+    examples drawn are among the first m > n. dev is never touched.
+
+    Raises UserError naming the file, the line and the column, and the cure.
+    """
+    if cfg.name == "glue":
+        spec, train, dev, source = load_glue(cfg)
+    elif cfg.name == "offline":
+        spec, train, dev, source = load_offline(cfg)
+    else:
+        spec, train, dev, source = load_files(cfg)
+    train, selection = _carve(spec, train, cfg)
+    train = _subsample(train, cfg)
+    if spec.kind == "classification" and len(set(train.labels.tolist())) < 2:
+        name = spec.labels[int(train.labels[0])]
+        raise UserError(
+            f"{source}: all {len(train)} training examples have the label {name!r}, so there is "
+            "nothing to learn; use data with two classes or more, or leave more of it for training "
+            "(dataset.train_examples, dataset.selection_fraction)"
+        )
+    digest = _fingerprint(spec, {"train": train, "selection": selection, "dev": dev})
+    return TaskData(spec, train, selection, dev, digest, source)
+
+
+def _carve(spec: TaskSpec, train: Examples, cfg: DatasetConfig) -> tuple[Examples, Examples]:
+    """(rest of train, selection), both in the file's order."""
+    n = len(train)
+    wanted = round(cfg.selection_fraction * n)
+    if cfg.selection_fraction == 0:
+        return train, train.take(np.arange(0))
+    if not 0 < wanted < n:
+        raise UserError(
+            f"dataset.selection_fraction: {cfg.selection_fraction} of {n} training examples leaves "
+            f"{wanted} for selection and {n - wanted} for training; choose one that leaves both, "
+            "or 0 for no selection split"
+        )
+    order = np.random.Generator(np.random.PCG64([cfg.seed, 0])).permutation(n)
+    if spec.kind == "regression":
+        chosen = order[:wanted]
+    else:
+        # Largest remainders: every class keeps its share and the shares add up to `wanted`.
+        labels = train.labels[order]
+        exact = np.bincount(labels, minlength=len(spec.labels)) * (wanted / n)
+        share = np.floor(exact).astype(np.int64)
+        rest = np.argsort(share - exact, kind="stable")[: wanted - int(share.sum())]
+        share[rest] += 1
+        chosen = np.concatenate([order[labels == c][:k] for c, k in enumerate(share)])
+    mask = np.zeros(n, dtype=bool)
+    mask[chosen] = True
+    return train.take(np.flatnonzero(~mask)), train.take(np.flatnonzero(mask))
+
+
+def _subsample(train: Examples, cfg: DatasetConfig) -> Examples:
+    if cfg.train_examples is None:
+        return train
+    if not 0 < cfg.train_examples <= len(train):
+        raise UserError(
+            f"dataset.train_examples: {cfg.train_examples} asked for, but train holds {len(train)} "
+            "(after the selection split); ask for fewer, or null for all of them"
+        )
+    order = np.random.Generator(np.random.PCG64([cfg.seed, 1])).permutation(len(train))
+    return train.take(np.sort(order[: cfg.train_examples]))
+
+
+def _fingerprint(spec: TaskSpec, splits: dict[str, Examples]) -> str:
+    digest = hashlib.sha256(json.dumps([spec.name, spec.kind, spec.labels]).encode())
+    for name, part in splits.items():
+        digest.update(json.dumps([name, part.texts, part.labels.tolist()]).encode())
+    return digest.hexdigest()

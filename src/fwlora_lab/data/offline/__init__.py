@@ -1,0 +1,1 @@
+"""The built-in synthetic task: acceptable and unacceptable English sentences from a small grammar."""

@@ -1,0 +1,154 @@
+"""TODO"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from itertools import chain
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+import torch
+
+from fwlora_lab.data.task import Examples
+from fwlora_lab.errors import UserError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+_CHUNK = 2000  # examples that are tokenized at once
+
+
+@dataclass(frozen=True, eq=False)
+class TokenTable:
+    """All token ids of n examples end to end; example i is `tokens[offsets[i]:offsets[i + 1]]`.
+
+    tokens int32 [N], types (segment ids) int8 [N] or None, offsets int64 [n + 1], labels int64 or
+    float32 [n].
+    """
+
+    tokens: torch.Tensor
+    types: torch.Tensor | None
+    offsets: torch.Tensor
+    labels: torch.Tensor
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def lengths(self) -> torch.Tensor:
+        """Tokens of each example, special ones included: int64 [n]."""
+        return self.offsets.diff()
+
+    def to(self, device: torch.device) -> TokenTable:
+        """The same table on `device`."""
+        types = None if self.types is None else self.types.to(device)
+        return TokenTable(self.tokens.to(device), types, self.offsets.to(device), self.labels.to(device))
+
+
+def tokenize(examples: Examples, tokenizer: PreTrainedTokenizerBase, max_length: int, truncation: bool) -> TokenTable:
+    """Token ids of every example, special tokens in, at most `max_length` each.
+
+    Raises UserError if an example is longer and `truncation` is off.
+    """
+    pairs = bool(examples.texts) and not isinstance(examples.texts[0], str)
+    special = tokenizer.num_special_tokens_to_add(pair=pairs)
+    if max_length <= special + pairs:
+        raise UserError(
+            f"dataset.max_length: {max_length} leaves no room for text beside the {special} "
+            f"special tokens; set it to {special + pairs + 1} or more"
+        )
+    with_types = "token_type_ids" in tokenizer.model_input_names
+    lengths, tokens, types = [], [], []
+    # In chunks, because Python lists of ids take ten times the memory of the arrays.
+    for start in range(0, len(examples), _CHUNK):
+        chunk = examples.texts[start : start + _CHUNK]
+        fields: list[Any] = [list(f) for f in zip(*chunk, strict=True)] if pairs else [list(chunk)]
+        encoded = tokenizer(
+            *fields,
+            truncation=truncation,
+            max_length=max_length if truncation else None,
+            padding=False,
+            return_attention_mask=False,
+            return_token_type_ids=with_types,
+            verbose=False,
+        )
+        ids = encoded["input_ids"]
+        lengths.append(np.fromiter(map(len, ids), dtype=np.int64, count=len(ids)))
+        tokens.append(_flat(ids, np.int32))
+        if with_types:
+            types.append(_flat(encoded["token_type_ids"], np.int8))
+    sizes = np.concatenate([np.zeros(1, np.int64), *lengths])  # offsets begin with 0
+    if sizes.max() > max_length:
+        worst = int(sizes.argmax())
+        raise UserError(
+            f"dataset.max_length: example {worst - 1} (counted from 0) has {sizes[worst]} tokens, "
+            f"more than {max_length}, and dataset.truncation is false; raise max_length or set "
+            "truncation: true"
+        )
+    return TokenTable(
+        tokens=torch.from_numpy(np.concatenate([np.zeros(0, np.int32), *tokens])),
+        types=torch.from_numpy(np.concatenate([np.zeros(0, np.int8), *types])) if with_types else None,
+        offsets=torch.from_numpy(sizes.cumsum()),
+        labels=torch.from_numpy(examples.labels.copy()),
+    )
+
+
+def _flat(rows: list[list[int]], dtype: type) -> np.ndarray:
+    return np.fromiter(chain.from_iterable(rows), dtype=dtype)
+
+
+def collate(
+    table: TokenTable,
+    index: torch.Tensor,
+    pad_id: int,
+    padding: Literal["longest", "max_length", "grouped"],
+    max_length: int,
+) -> dict[str, torch.Tensor]:
+    """The batch of the b examples in `index` (int64 [b]), padded on the right to T tokens.
+
+    input_ids, attention_mask and (if the table has types) token_type_ids are int64 [b, T]; labels
+    [b]. T is the batch's longest example, or the `max_length` that `tokenize` was given.
+    """
+    start, end = table.offsets[index], table.offsets[index + 1]
+    width = max_length if padding == "max_length" else int((end - start).max())
+    position = start[:, None] + torch.arange(width, device=start.device)
+    mask = position < end[:, None]
+    position = position.clamp(max=len(table.tokens) - 1)
+    batch = {
+        "input_ids": torch.where(mask, table.tokens[position].long(), pad_id),
+        "attention_mask": mask.long(),
+        "labels": table.labels[index],
+    }
+    if table.types is not None:
+        batch["token_type_ids"] = torch.where(mask, table.types[position].long(), 0)
+    return batch
+
+
+def epoch_batches(n: int, batch_size: int, seed: int, epoch: int) -> list[torch.Tensor]:
+    """The shuffled batches (int64 [<= batch_size]) of an epoch; a pure function of its arguments.
+
+    The last batch holds what is left over and may be short.
+    """
+    order = np.random.Generator(np.random.PCG64([seed, epoch])).permutation(n)
+    return list(torch.from_numpy(order).split(batch_size)) if n else []
+
+
+def length_groups(lengths: torch.Tensor, overhead: int = 32) -> list[torch.Tensor]:
+    """Positions of a batch in groups of similar length, the cheapest to compute one after another.
+
+    lengths: int64 [b], in tokens. Minimises `Σ_groups (size · longest + overhead)` exactly, by
+    dynamic programming over the sorted lengths; `overhead` is what one more forward and backward
+    pass costs, in tokens. The batch stays the batch: the groups' losses, weighted by their sizes,
+    add up to its mean loss.
+    """
+    order = torch.argsort(lengths, descending=True, stable=True)
+    longest = lengths[order].tolist()
+    best, cut = [0] + [0] * len(longest), [0] * (len(longest) + 1)
+    for end in range(1, len(longest) + 1):
+        costs = [best[a] + (end - a) * longest[a] + overhead for a in range(end)]
+        best[end] = min(costs)
+        cut[end] = costs.index(best[end])
+    groups, end = [], len(longest)
+    while end:
+        groups.append(order[cut[end] : end])
+        end = cut[end]
+    return groups[::-1]

@@ -1,0 +1,1 @@
+"""From a written request or a design file to run configs, with its contradictions named."""

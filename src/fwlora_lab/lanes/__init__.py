@@ -1,0 +1,1 @@
+"""The fast engine: many runs at once on one frozen backbone."""

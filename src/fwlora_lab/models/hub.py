@@ -1,0 +1,142 @@
+"""TODO"""
+
+from __future__ import annotations
+
+import contextlib
+import difflib
+import os
+import re
+import sys
+from pathlib import Path
+
+from huggingface_hub import HfApi, constants, get_cached_repo_tree, snapshot_download
+from huggingface_hub.errors import (
+    CachedRepoTreeNotFoundError,
+    GatedRepoError,
+    HfHubHTTPError,
+    HFValidationError,
+    LocalEntryNotFoundError,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
+from huggingface_hub.utils import disable_progress_bars, get_session
+
+from fwlora_lab.catalog.encoders import ALIASES, PINNED
+from fwlora_lab.errors import UserError
+from fwlora_lab.models.load_errors import WHAT_CAN_BE_MEANT, first_line
+
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
+_PATIENCE_S = 3.0
+_COMMIT = re.compile(r"[0-9a-f]{40}")
+CONFIG_AND_TOKENIZER_FILES = [
+    "config.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.txt",
+    "vocab.json",
+    "merges.txt",
+    "*.model",
+]
+WEIGHT_FILES = ["model.safetensors", "model.safetensors.index.json", "model-*.safetensors"]
+
+
+def is_hub_id(wanted: str) -> bool:
+    """A known id, or the shape of one where no folder of that name lies."""
+    if wanted in ALIASES or wanted in PINNED:
+        return True
+    if os.path.exists(wanted):
+        return False
+    return _HUB_ID.fullmatch(wanted) is not None and not wanted.endswith((".safetensors", ".bin"))
+
+
+def commit_of(repo: str, revision: str | None) -> str:
+    """The full commit hash that stands in the config or is pinned here; a branch is not a pin."""
+    if revision is None and repo in PINNED:
+        return PINNED[repo]
+    if revision is not None and _COMMIT.fullmatch(revision):
+        return revision
+    known = ["minilm", *ALIASES, *PINNED]
+    near = difflib.get_close_matches(repo, known, n=1)
+    hint = f" Did you mean {near[0]!r}?" if near else ""
+    no_folder = "" if revision else " and no folder of that name lies here"
+    problem = (
+        f"model.revision={revision!r} is not a full commit hash (40 characters 0-9a-f)"
+        if revision
+        else f"model.pretrained_id={repo!r} has no model.revision{no_folder}"
+    )
+    try:
+        today = HfApi().model_info(repo, revision=revision, timeout=_PATIENCE_S).sha
+        cure = f"To pin what the hub serves today, set model.revision={today}"
+    except RepositoryNotFoundError:
+        cure = "The hub knows no model of this id, or it is private: check the id"
+    except Exception:  # the hub's word is a courtesy here; without it the reader looks it up
+        cure = f"Copy the commit from {constants.ENDPOINT}/{repo}/commits/main into model.revision"
+    raise UserError(f"{problem}, so a run could not be repeated.{hint} {cure}.")
+
+
+def hub_trouble() -> str | None:
+    """Why the hub cannot be asked now, or None if it answers within three seconds."""
+    try:
+        get_session().head(constants.ENDPOINT, timeout=_PATIENCE_S)
+    except Exception as error:  # no route, no name, a proxy, HF_HUB_OFFLINE: all is one here
+        return first_line(error)
+    return None
+
+
+def download(repo: str, commit: str, files: list[str]) -> Path:
+    """Bring `files` of one commit into the hub's cache and return the folder they lie in."""
+    what = f"model.pretrained_id={repo!r} at model.revision={commit[:8]}"
+    elsewhere = "or use model.pretrained_id=minilm, which needs no network"
+
+    def snapshot(local: bool) -> Path:
+        with contextlib.nullcontext() if sys.stderr.isatty() else disable_progress_bars():
+            return Path(snapshot_download(repo, revision=commit, allow_patterns=files, local_files_only=local))
+
+    try:
+        get_cached_repo_tree(repo, revision=commit)  # only its listing tells a complete cache
+        return snapshot(local=True)
+    except (CachedRepoTreeNotFoundError, HFValidationError, LocalEntryNotFoundError):
+        pass
+    # asked while the hub is away, the library retries for half a minute before it reads its cache
+    trouble = hub_trouble()
+    try:
+        return snapshot(local=trouble is not None)
+    except GatedRepoError as error:
+        raise UserError(
+            f"{what}: the model is gated. Accept its terms at {constants.ENDPOINT}/{repo}, log in "
+            f"with `hf auth login`, {elsewhere}."
+        ) from error
+    except RepositoryNotFoundError as error:
+        raise UserError(
+            f"{what}: the hub knows no such model, or it is private. Check the id at "
+            f"{constants.ENDPOINT}/{repo}, log in with `hf auth login` if it is private, "
+            f"{elsewhere}."
+        ) from error
+    except RevisionNotFoundError as error:
+        raise UserError(
+            f"{what}: the model has no such commit. Copy one from "
+            f"{constants.ENDPOINT}/{repo}/commits/main into model.revision."
+        ) from error
+    except HFValidationError as error:
+        raise UserError(f"{what}: not a hub id. {WHAT_CAN_BE_MEANT}") from error
+    except LocalEntryNotFoundError as error:
+        reason = trouble or first_line(error.__cause__ or error)
+        raise UserError(
+            f"{what}: the hub ({constants.ENDPOINT}) cannot be reached and the files are not in "
+            f"the cache ({reason}). Check the network and HF_HUB_OFFLINE, or copy the model's "
+            f"folder here and name it as ./folder, {elsewhere}."
+        ) from error
+    except HfHubHTTPError as error:
+        raise UserError(f"{what}: the hub answered {first_line(error)}. Try again later, {elsewhere}.") from error
+    except Exception as error:  # proxies, certificates, a full disk, a download cut short: all of them end here
+        raise UserError(f"{what}: the download failed ({first_line(error)}). Try again, {elsewhere}.") from error
+
+
+def names_on_hub(repo: str, commit: str, folder: Path) -> set[str]:
+    try:
+        return {file.path for file in get_cached_repo_tree(repo, revision=commit)}
+    except CachedRepoTreeNotFoundError:
+        # a cache filled by an older version, read without a network: all there is to know
+        return {path.name for path in folder.iterdir()}

@@ -1,0 +1,90 @@
+"""TODO"""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Sequence
+
+import torch
+from torch import nn
+from transformers import AutoModelForSequenceClassification, PreTrainedConfig, PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from fwlora_lab.errors import UserError
+from fwlora_lab.models.classifier import head_parts
+
+# What a name in lora.target_modules means: the path of a Linear below its layer, that is what
+# follows the last number in the module's full name. The request's names are those of BERT;
+# ModernBERT fuses query, key and value.
+_ROLES = {
+    "query": {"attention.self.query", "attention.self.query_proj", "attn.Wqkv"},
+    "key": {"attention.self.key", "attention.self.key_proj", "attn.Wqkv"},
+    "value": {"attention.self.value", "attention.self.value_proj", "attn.Wqkv"},
+    "attention.output": {"attention.output.dense", "attn.Wo"},
+    "intermediate": {"intermediate.dense", "mlp.Wi"},
+    "output": {"output.dense", "mlp.Wo"},
+}
+
+
+def target_linears(model_or_config: PreTrainedModel | PreTrainedConfig, names: Sequence[str]) -> list[str]:
+    """Full names, in the model's order, of the encoder's Linear (or Conv1D) layers `names` mean.
+
+    `query`, `key`, `value`, `intermediate`, `output` are the attention's three and the
+    feed-forward's two matrices, `attention.output` is the attention's fourth; they hold for BERT,
+    RoBERTa, DeBERTa-v2 and ModernBERT (where all of query, key and value mean the fused Wqkv).
+    `all-linear` is every one. Any other name means the modules whose full name ends in it, as in
+    PEFT. The head is never a target. Raises `UserError` for a name without a match.
+    """
+    if isinstance(model_or_config, PreTrainedConfig):
+        with torch.device("meta"):
+            model = AutoModelForSequenceClassification.from_config(model_or_config, trust_remote_code=False)
+    else:
+        model = model_or_config
+    linears = _linears(model)
+    if isinstance(names, str) or not names:
+        raise UserError(
+            "model.lora.target_modules must be a list with at least one name, for instance "
+            "[query, key, value, intermediate, output]"
+        )
+    found: set[str] = set()
+    for name in names:
+        if name == "all-linear":
+            matches = set(linears)
+        else:
+            matches = {full for full in linears if _below_layer(full) in _ROLES.get(name, ())}
+            # a role that this architecture lacks may still be the name of its modules
+            matches = matches or {f for f in linears if f == name or f.endswith(f".{name}")}
+        if not matches:
+            raise UserError(_no_such_target(model, name, linears))
+        found |= matches
+    return [name for name in linears if name in found]
+
+
+def _linears(model: PreTrainedModel) -> list[str]:
+    head = {id(module) for part in head_parts(model) for module in part.modules()}
+    return [
+        name
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear | Conv1D) and id(module) not in head
+    ]
+
+
+def _below_layer(full_name: str) -> str:
+    """`roberta.encoder.layer.3.attention.self.query` -> `attention.self.query`."""
+    return re.sub(r"^.*\.\d+\.", "", full_name)
+
+
+def _no_such_target(model: PreTrainedModel, name: str, linears: list[str]) -> str:
+    below = {_below_layer(full) for full in linears}
+    roles = [role for role, paths in _ROLES.items() if paths & below]
+    ends = {path.rpartition(".")[2] for path in below} - {"dense", *roles}
+    usable = [*roles, *sorted(ends), "all-linear"]
+    near = difflib.get_close_matches(name, [*usable, *below], n=1)
+    hint = f" Did you mean {near[0]!r}?" if near else ""
+    others = [type(module).__name__ for full, module in model.named_modules() if full.rpartition(".")[2] == name]
+    what = f"names a {others[0]} and no" if others else "matches no"
+    return (
+        f"model.lora.target_modules: {name!r} {what} Linear layer of this "
+        f"{model.config.model_type} encoder.{hint} Usable names: {', '.join(usable)}."
+    )

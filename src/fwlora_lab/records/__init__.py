@@ -1,0 +1,1 @@
+"""What a run leaves on disk: written in one piece, checked when read."""

@@ -1,0 +1,1 @@
+"""Studies: methods x budgets x tasks x seeds, planned, run and resumed."""

@@ -1,0 +1,1 @@
+"""Training runs: jobs, the two engines, events, and the record that a run leaves."""

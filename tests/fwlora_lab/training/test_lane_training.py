@@ -1,0 +1,206 @@
+"""`train_cohort` with engine=lanes: the same records as with one model a run, and nothing shared but the time.
+
+pytest tests/fwlora_lab/training/test_lane_training.py
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from peft import PeftModel
+from safetensors.torch import load_file
+from tiny import World
+from transformers import AutoTokenizer, ModernBertConfig, ModernBertForMaskedLM
+
+from fwlora_lab.data.load import load_task
+from fwlora_lab.data.tokens import collate, tokenize
+from fwlora_lab.models.backbones import load_backbone
+from fwlora_lab.models.classifier import build_classifier
+from fwlora_lab.records.folder import load_predictions
+from fwlora_lab.records.record import Record
+from fwlora_lab.training import scheduler as loop
+from fwlora_lab.training.events import Note, RunFailed
+from fwlora_lab.training.jobs import RunSpec
+from fwlora_lab.training.scheduler import train_runs
+
+METHODS = ["lora", "fw_lora", "adalora", "svd_lora"]
+
+
+@pytest.fixture
+def world(tmp_path: Path) -> World:
+    return World(tmp_path, dropout=0.0)
+
+
+def lanes(world: World, method: str, **more):
+    changes = {"training__engine": "lanes", "model__lora__dropout": 0.0, **more}
+    return world.config(method, **changes)
+
+
+def logits(world: World, run_id: str, seed: int) -> np.ndarray:
+    return load_predictions(world.results / run_id / f"seed-{seed}")[0]
+
+
+def test_lanes_train_what_peft_trains(world):
+    """Without dropout, where both engines draw nothing: same metrics, F, parameters and predictions."""
+    ours = train_runs([RunSpec(lanes(world, m, run_id=f"{m}-lanes"), s) for m in METHODS for s in (0, 1)])
+    theirs = train_runs(
+        [RunSpec(lanes(world, m, run_id=f"{m}-peft", training__engine="peft"), s) for m in METHODS for s in (0, 1)]
+    )
+    for a, b in zip(ours, theirs, strict=True):
+        assert a.status == b.status == "complete", a.error
+        one, other = logits(world, a.run_id, a.seed), logits(world, b.run_id, b.seed)
+        np.testing.assert_allclose(one, other, rtol=1e-3, atol=1e-4)
+        assert a.parameters == b.parameters and a.steps == b.steps == 22
+        assert [m.rank for m in a.matrices] == [m.rank for m in b.matrices]
+        for mine, pefts in zip(a.matrices, b.matrices, strict=True):
+            assert mine.delta_norm == pytest.approx(pefts.delta_norm, rel=1e-3, abs=1e-5)
+            if a.arm == "fw_lora":
+                assert mine.importance == pytest.approx(pefts.importance, rel=1e-3)
+                assert mine.weight == pytest.approx(pefts.weight, rel=1e-3)
+        for mine, pefts in zip(a.epochs, b.epochs, strict=True):
+            assert mine.train_loss == pytest.approx(pefts.train_loss, rel=1e-3)
+            assert mine.learning_rate == pytest.approx(pefts.learning_rate)
+        assert a.times is not None and b.times is not None
+        assert set(a.times.phases) == set(b.times.phases)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_lanes_adapter_is_read_by_vanilla_peft(world, method):
+    cfg = lanes(world, method)
+    (record,) = train_runs([RunSpec(cfg, 0)])
+    backbone = load_backbone(cfg.model)
+    data = load_task(cfg.dataset)
+    model = build_classifier(backbone, data.spec, seed=99)
+    model = PeftModel.from_pretrained(model, str(world.results / method / "seed-0" / "adapter")).eval()
+    table = tokenize(data.dev, backbone.tokenizer, cfg.dataset.max_length, True)
+    batch = collate(table, loop.torch.arange(len(table)), 0, "longest", cfg.dataset.max_length)
+    del batch["labels"]
+    got = model(**batch).logits.detach().numpy()
+    np.testing.assert_allclose(got, logits(world, method, 0), rtol=1e-3, atol=1e-5)
+    assert record.status == "complete"
+
+
+@pytest.mark.parametrize("engine", ["lanes", "peft"])
+def test_where_the_cpu_has_bf16_the_encoder_computes_in_it(world, monkeypatch, engine):
+    monkeypatch.setattr(loop, "cpu_has_bf16", lambda: True)
+    for arm in METHODS:
+        full, half = train_runs(
+            [
+                RunSpec(lanes(world, arm, run_id=f"{arm}-{p}", training__engine=engine, training__mixed_precision=p), 0)
+                for p in ("no", "bf16")
+            ]
+        )
+        assert full.status == half.status == "complete", half.error
+        assert (full.machine.precision, half.machine.precision) == ("fp32", "bf16")
+        assert not [w for w in half.warnings if "bf16" in w]
+        one, other = logits(world, full.run_id, 0), logits(world, half.run_id, 0)
+        assert 1e-5 < np.abs(one - other).max() < 0.3, "as precise as bf16, and no more"
+        adapter = load_file(world.results / half.run_id / "seed-0" / "adapter" / "adapter_model.safetensors")
+        assert {value.dtype for value in adapter.values()} == {loop.torch.float32}
+
+
+def test_a_lane_in_company_gives_the_record_that_it_gives_alone(tmp_path):
+    """With dropout everywhere, more runs than lanes, and runs of different length: lanes are refilled."""
+    world = World(tmp_path, dropout=0.1)
+    plans = [
+        RunSpec(world.config(m, run_id=f"{m}-{e}", training__engine="lanes", training__epochs=e), s)
+        for m, e in (("lora", 2), ("fw_lora", 3), ("lora", 1))
+        for s in (0, 1)
+    ]
+    together = train_runs(plans)
+    assert [r.status for r in together] == ["complete"] * 6
+    kept = {(r.run_id, r.seed): logits(world, r.run_id, r.seed) for r in together}
+    for plan in plans:
+        (alone,) = train_runs([plan], again=True)
+        one = logits(world, alone.run_id, alone.seed)
+        np.testing.assert_allclose(one, kept[alone.run_id, alone.seed], rtol=1e-4, atol=1e-5)
+
+
+def test_a_run_that_diverges_fails_alone(world):
+    events = []
+    plans = [
+        RunSpec(lanes(world, "lora"), 0),
+        RunSpec(lanes(world, "lora", run_id="wild", training__learning_rate=1e30, training__max_grad_norm=None), 0),
+        RunSpec(lanes(world, "fw_lora"), 0),
+    ]
+    records: list[Record] = train_runs(plans, events.append)
+    assert [r.status for r in records] == ["complete", "failed", "complete"]
+    assert records[1].error is not None and "diverged" in records[1].error.message
+    assert sum(isinstance(e, RunFailed) for e in events) == 1
+    (alone,) = train_runs([plans[0]], again=True)
+    assert alone.epochs[-1].train_loss == pytest.approx(records[0].epochs[-1].train_loss, rel=1e-5)
+
+
+def test_an_evaluation_that_fails_is_the_runs_failure(world, monkeypatch):
+    def full(*_):
+        raise RuntimeError("out of memory")
+
+    monkeypatch.setattr(loop.Lanes, "predict", full)
+    records = train_runs([RunSpec(lanes(world, "lora"), seed) for seed in (0, 1)])
+    assert [r.status for r in records] == ["failed"] * 2
+    assert {r.error.message for r in records} == {"out of memory"} and records[0].epochs == []
+
+
+def test_what_is_there_is_not_trained_again(world, monkeypatch):
+    plans = [RunSpec(lanes(world, "lora"), s) for s in (0, 1)]
+    train_runs(plans)
+    monkeypatch.setattr(loop, "_lanes_for", lambda *_: pytest.fail("nothing is left to train"))
+    assert [r.status for r in train_runs(plans)] == ["complete"] * 2
+
+
+def test_ctrl_c_leaves_nothing_and_gives_the_locks_back(world):
+    def interrupt(event) -> None:
+        if not isinstance(event, Note) and "Evaluated" in type(event).__name__:
+            raise KeyboardInterrupt
+
+    plans = [RunSpec(lanes(world, "lora"), s) for s in (0, 1)]
+    with pytest.raises(KeyboardInterrupt):
+        train_runs(plans, interrupt)
+    assert not list(world.results.glob("lora/seed-*"))
+    assert [r.status for r in train_runs(plans)] == ["complete"] * 2
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_batches_of_one_shape_as_on_a_gpu_train_the_same(world, monkeypatch, method):
+    ragged = train_runs([RunSpec(lanes(world, method, run_id="ragged"), s) for s in (0, 1)])
+    monkeypatch.setattr(loop, "_SHAPED", {"cpu": True})
+    shapes = []
+    packed = loop.pack_shaped
+    monkeypatch.setattr(loop, "pack_shaped", lambda *args: shapes.append(args[2]) or packed(*args))
+    shaped = train_runs([RunSpec(lanes(world, method, run_id="shaped"), s) for s in (0, 1)])
+    assert len(set(shapes)) == 1 and len(shapes) > 20, "one shape for the whole run"
+    for a, b in zip(ragged, shaped, strict=True):
+        assert a.status == b.status == "complete", b.error
+        one, other = logits(world, a.run_id, a.seed), logits(world, b.run_id, b.seed)
+        np.testing.assert_allclose(one, other, rtol=1e-3, atol=1e-4)
+
+
+def test_what_has_no_lanes_trains_padded_and_says_so(world, tmp_path):
+    folder = tmp_path / "modernbert"
+    tokenizer = AutoTokenizer.from_pretrained(world.backbone)
+    tokenizer.save_pretrained(folder)
+    special = {f"{k}_token_id": getattr(tokenizer, f"{k}_token_id") for k in ("pad", "cls", "sep")}
+    size = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32}
+    config = ModernBertConfig(vocab_size=len(tokenizer), max_position_embeddings=64, **size, **special)
+    ModernBertForMaskedLM(config).save_pretrained(folder)
+    events = []
+    cfg = lanes(world, "fw_lora", model__pretrained_id=str(folder))
+    (record,) = train_runs([RunSpec(cfg, 0)], events.append)
+    assert record.status == "complete", record.error
+    said = [e.text for e in events if isinstance(e, Note)]
+    assert any("lanes does not know modernbert" in text and "padded batches" in text for text in said)
+    assert any("lanes does not know modernbert" in text for text in record.warnings)
+
+
+@pytest.mark.parametrize(("free", "expected"), [(1.0, 1), (float("inf"), 4)])
+def test_memory_decides_how_many_lanes_there_are(world, monkeypatch, free, expected):
+    """However little there is, one lane trains; with more than enough it is the most that serves a CPU."""
+    seen = []
+    step = loop.Lanes.step
+    monkeypatch.setattr(loop, "_free_memory", lambda _: free)
+    monkeypatch.setattr(loop.Lanes, "step", lambda self, *args: seen.append(len(self.lanes)) or step(self, *args))
+    records = train_runs([RunSpec(lanes(world, "lora"), s) for s in range(5)])
+    assert [r.status for r in records] == ["complete"] * 5
+    assert max(seen) == expected
