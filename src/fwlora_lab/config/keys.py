@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import difflib
 import types
 from collections.abc import Iterator
 from typing import Annotated, Any, Union, get_args, get_origin
 
 from fwlora_lab.config.schema import Block, RunConfig
 from fwlora_lab.errors import UserError
-from fwlora_lab.text import did_you_mean
+from fwlora_lab.text import did_you_mean, nearest
 
 
 def _block_of(annotation: Any) -> type[Block] | None:
@@ -96,7 +95,7 @@ def nearest_key(key: str) -> str:
     if elsewhere:
         return f" (did you mean {elsewhere[0]!r}?)"
     siblings = [k.removeprefix(f"{block}.") for k in KEYS if k.rpartition(".")[0] == block]
-    close = difflib.get_close_matches(leaf.lower(), siblings, n=1, cutoff=0.55)
-    if close:
-        return f" (did you mean {(block + '.' if block else '') + close[0]!r}?)"
+    close = nearest(leaf, siblings)
+    if close is not None:
+        return f" (did you mean {(block + '.' if block else '') + close!r}?)"
     return did_you_mean(key, KEYS) or (f"; {block or 'a run config'} has {', '.join(siblings)}" if siblings else "")

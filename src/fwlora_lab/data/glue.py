@@ -12,8 +12,9 @@ import numpy as np
 
 from fwlora_lab.data.files import column_of
 from fwlora_lab.data.task import Examples, TaskSpec, Text
-from fwlora_lab.data.text_files import hint, read_text, refuse, refuse_file
+from fwlora_lab.data.text_files import read_text, refuse, refuse_file
 from fwlora_lab.errors import UserError
+from fwlora_lab.text import did_you_mean
 
 if TYPE_CHECKING:
     from fwlora_lab.config.schema import DatasetConfig
@@ -113,7 +114,8 @@ def load_glue(cfg: DatasetConfig) -> tuple[TaskSpec, Examples, Examples, str]:
     task = GLUE.get(cfg.subset or "")
     if task is None:
         raise UserError(
-            f"dataset.subset: GLUE has no task {cfg.subset!r}{hint(cfg.subset or '', GLUE)}; it has {', '.join(GLUE)}"
+            f"dataset.subset: GLUE has no task {cfg.subset!r}{did_you_mean(cfg.subset or '', GLUE)}; "
+            f"it has {', '.join(GLUE)}"
         )
     splits = (
         _glue_split(task, "split", cfg.split),
@@ -140,7 +142,7 @@ def _glue_split(task: GlueTask, key: str, name: str) -> str:
     if name not in known:
         why = "has no public labels" if name.startswith("test") else "does not exist"
         raise UserError(
-            f"dataset.{key}: {task.spec.name}'s split {name!r} {why}{hint(name, known)}; "
+            f"dataset.{key}: {task.spec.name}'s split {name!r} {why}{did_you_mean(name, known)}; "
             f"choose one of {', '.join(known)}"
         )
     return name
@@ -156,7 +158,7 @@ def _glue_folder(task: GlueTask, root: str) -> Path:
         if "train.tsv" in inside:
             cure = f"give the folder above it, and call this one {task.folder}"
         else:
-            cure = f"it holds {', '.join(inside[:8]) or 'nothing'}{hint(task.folder, inside)}"
+            cure = f"it holds {', '.join(inside[:8]) or 'nothing'}{did_you_mean(task.folder, inside)}"
         raise UserError(f"dataset.root: {root} has no folder {task.folder}/; {cure}")
     return folder
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import re
 from collections.abc import Sequence
 
@@ -13,6 +12,7 @@ from transformers.pytorch_utils import Conv1D
 
 from fwlora_lab.errors import UserError
 from fwlora_lab.models.classifier import head_parts
+from fwlora_lab.text import did_you_mean
 
 # What a name in lora.target_modules means: the path of a Linear below its layer, that is what
 # follows the last number in the module's full name. The request's names are those of BERT;
@@ -80,11 +80,9 @@ def _no_such_target(model: PreTrainedModel, name: str, linears: list[str]) -> st
     roles = [role for role, paths in _ROLES.items() if paths & below]
     ends = {path.rpartition(".")[2] for path in below} - {"dense", *roles}
     usable = [*roles, *sorted(ends), "all-linear"]
-    near = difflib.get_close_matches(name, [*usable, *below], n=1)
-    hint = f" Did you mean {near[0]!r}?" if near else ""
     others = [type(module).__name__ for full, module in model.named_modules() if full.rpartition(".")[2] == name]
     what = f"names a {others[0]} and no" if others else "matches no"
     return (
         f"model.lora.target_modules: {name!r} {what} Linear layer of this "
-        f"{model.config.model_type} encoder.{hint} Usable names: {', '.join(usable)}."
+        f"{model.config.model_type} encoder{did_you_mean(name, [*usable, *below])}. Usable names: {', '.join(usable)}."
     )
