@@ -135,6 +135,10 @@ class Composition:
     defaults: Mapping[str, Any]
     read: Callable[[Path], tuple[dict[str, Any], str]]
 
+    def packaged_run(self, file: Path) -> Path:
+        """Where the run in `file` would be in the packaged tree, so that a `RunTree` finds that tree's root."""
+        return self.packaged / "run" / file.name
+
 
 @dataclass(frozen=True)
 class Source:
@@ -227,7 +231,7 @@ def _own_instance() -> Iterator[None]:
 def _hydra_for(file: Path, composition: Composition) -> Iterator[tuple[Hydra, list[str]]]:
     """An instance of Hydra that composes the run in `file`, and the overrides that make it do so."""
     # The run's own tree comes first, so that a copied and changed tree wins over the packaged one.
-    searchpath = f"hydra.searchpath=['{RunTree.url(composition.packaged / 'run' / file.name)}']"
+    searchpath = f"hydra.searchpath=['{RunTree.url(composition.packaged_run(file))}']"
     with _hydra_lock, _own_instance():
         RunTree.composition = composition
         ConfigStore.instance().store(name=_SCHEMA, node=composition.defaults, package="_global_")
@@ -259,9 +263,8 @@ def compose(file: Path, overrides: Sequence[str], composition: Composition) -> d
 def merged_sources(file: Path, overrides: Sequence[str], composition: Composition) -> list[Source]:
     """The files that `compose` merges, in its order: a later one wins over an earlier one."""
     with _hydra_for(file, composition) as (hydra, given):
-        loader = hydra.config_loader
-        entries = loader.compute_defaults_list("config", [*given, *overrides], RunMode.RUN).defaults
-        trees = [source for source in loader.get_sources() if isinstance(source, RunTree)]
+        entries = hydra.config_loader.compute_defaults_list("config", [*given, *overrides], RunMode.RUN).defaults
+        trees = [RunTree("", RunTree.url(run)) for run in (file, composition.packaged_run(file))]
         found = []
         for entry in entries:
             path = next((p for tree in trees if (p := tree.locate(entry.config_path or ""))), None)

@@ -1,11 +1,12 @@
-"""TODO"""
+"""From a run's id or file to a checked run config, and from a sweep to all of its run configs."""
 
 from __future__ import annotations
 
 import hashlib
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from fwlora_lab.config.hydra_bridge import (
     Unreadable,
     compose,
     expand_sweep,
+    merged_sources,
     parse_override,
     select_names,
 )
@@ -25,6 +27,7 @@ from fwlora_lab.config.schema import RunConfig
 from fwlora_lab.config.tree import CONF, available_runs, find_run
 from fwlora_lab.config.validation import InvalidRun, validate_run
 from fwlora_lab.config.yaml_reader import File, interpolation_fault, read_file
+from fwlora_lab.config.yaml_writer import plain_values
 from fwlora_lab.errors import UserError
 from fwlora_lab.text import listing
 
@@ -104,15 +107,65 @@ def load_run(run: str, overrides: Sequence[str] = (), config_dir: str | None = N
                 f"override `{override.text}` is a sweep, which needs --multirun; a list goes in brackets, a=[b,c]"
             )
     source = read_file(file)  # first, so that its faults come with their lines
-    # Every key of the schema is there from the start, so that `+key=` can only mean its value.
-    lines = [f"+{o.text}" if o.kind == "add" and o.key in KEYS else o.text for o in parsed]
-    data = compose(file, lines, _COMPOSITION)
+    data = compose(file, _as_hydra_reads(parsed), _COMPOSITION)
     given = {o.key: o.text for o in parsed}
     try:
         return validate_run(data)
     except InvalidRun as error:
         issues = _faults_of(data, error.issues)
         raise UserError(listing([f"{_place(file, source.lines, given, i.key)}{i.text}" for i in issues])) from None
+
+
+def _as_hydra_reads(overrides: Sequence[Override]) -> list[str]:
+    """Every key of the schema exists from the start, so that `+key=` can only mean its value, as `++key=` does."""
+    return [f"+{o.text}" if o.kind == "add" and o.key in KEYS else o.text for o in overrides]
+
+
+@dataclass(frozen=True)
+class OriginRow:
+    """One value of a resolved config and where it comes from.
+
+    `origin` is `FILE:LINE`, `packaged FILE:LINE` of the packaged tree, ``override `KEY=VALUE` ``, or `default`.
+    """
+
+    key: str
+    value: Any
+    origin: str
+
+
+def origins_of(run: str, overrides: Sequence[str] = (), config_dir: str | None = None) -> list[OriginRow]:
+    """Every value of a run's resolved config, in the schema's order, and what set it.
+
+    The arguments are those of `load_run`.
+
+    Raises:
+        UserError: as `load_run`.
+    """
+    cfg = load_run(run, overrides, config_dir)
+    file = find_run(run, config_dir)
+    parsed = _parse_overrides(overrides)
+    lines: dict[str, str] = {}  # of every key, the file and line that win
+    for source in merged_sources(file, _as_hydra_reads(parsed), _COMPOSITION):
+        is_packaged = source.path.is_relative_to(CONF)
+        shown = f"packaged {source.path.relative_to(CONF)}" if is_packaged else str(source.path)
+        prefix = f"{source.package}." if source.package else ""
+        lines |= {f"{prefix}{key}": f"{shown}:{line}" for key, line in read_file(source.path).lines.items()}
+    given = {o.key: f"override `{o.text}`" for o in parsed}
+
+    def origin(key: str) -> str:
+        blocks = [key[: m.start()] for m in re.finditer(r"\.", key)]
+        setters = [given[path] for path in given if path in (key, *blocks)]
+        return setters[-1] if setters else lines.get(key, "default")
+
+    return [OriginRow(key, value, origin(key)) for key, value in _leaves(plain_values(cfg))]
+
+
+def _leaves(data: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for name, value in data.items():
+        if isinstance(value, Mapping):
+            yield from _leaves(value, f"{prefix}{name}.")
+        else:
+            yield f"{prefix}{name}", value
 
 
 def _faults_of(data: dict[str, Any], issues: list[Issue]) -> list[Issue]:
