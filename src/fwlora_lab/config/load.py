@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from fwlora_lab.config.checks import warnings_of
-from fwlora_lab.config.faults import Issue
+from fwlora_lab.config.faults import InvalidRun, Issue
 from fwlora_lab.config.hydra_bridge import (
     Composition,
     Override,
@@ -25,7 +25,7 @@ from fwlora_lab.config.hydra_bridge import (
 from fwlora_lab.config.keys import KEYS, get_key, nearest_key, schema_defaults
 from fwlora_lab.config.schema import RunConfig
 from fwlora_lab.config.tree import CONF, available_runs, find_run
-from fwlora_lab.config.validation import InvalidRun, validate_run
+from fwlora_lab.config.validation import validate_run
 from fwlora_lab.config.yaml_reader import File, interpolation_fault, read_file
 from fwlora_lab.config.yaml_writer import plain_values
 from fwlora_lab.errors import UserError
@@ -89,7 +89,7 @@ def _refuse_override(override: Override) -> None:
         raise UserError(f"override `{text}`: {fault}")
     free = key.startswith("optuna.search_space") or override.kind == "delete" or "/" in key or key == "base"
     if key not in KEYS and not free:
-        raise UserError(f"override `{text}`: {key!r} is no key of a run config{nearest_key(key)}")
+        raise UserError(f"override `{text}`: unknown key {key!r}{nearest_key(key)}")
 
 
 def load_run(run: str, overrides: Sequence[str] = (), config_dir: str | None = None) -> RunConfig:
@@ -188,7 +188,7 @@ def _faults_of(data: dict[str, Any], issues: list[Issue]) -> list[Issue]:
     except InvalidRun as error:
         faulty = [i.key for i in issues]
         issues += [
-            i for i in error.issues if not any(f"{i.key}.".startswith(f"{key}.") or key in i.text for key in faulty)
+            i for i in error.issues if not any(f"{i.key}.".startswith(f"{key}.") or key in i.related for key in faulty)
         ]
     return issues
 

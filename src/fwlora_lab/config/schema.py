@@ -13,7 +13,7 @@ from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Fie
 
 from fwlora_lab.catalog.methods import METHODS, MethodName
 from fwlora_lab.catalog.tasks import GLUE_DEV_SPLITS, GLUE_SUBSETS
-from fwlora_lab.config.faults import Faults, Issue
+from fwlora_lab.config.faults import InvalidRun, Issue
 from fwlora_lab.text import did_you_mean
 
 
@@ -298,7 +298,7 @@ class RunConfig(Block):
     def _combinations(self) -> RunConfig:
         issues = _impossible(self)
         if issues:
-            raise Faults(issues)
+            raise InvalidRun(issues)
         return self
 
 
@@ -306,8 +306,8 @@ def _impossible(cfg: RunConfig) -> list[Issue]:
     """Settings that are each legal and cannot stand together."""
     issues: list[Issue] = []
 
-    def fault(key: str, text: str) -> None:
-        issues.append(Issue(key, text))
+    def fault(key: str, text: str, *related: str) -> None:
+        issues.append(Issue(key, text, related=related))
 
     lora, data = cfg.model.lora, cfg.dataset
     if not lora.enabled:
@@ -316,6 +316,7 @@ def _impossible(cfg: RunConfig) -> list[Issue]:
         fault(
             "model.lora.rank",
             "neither it nor model.parameter_budget_percent is given: set one, e.g. rank: 4",
+            "model.parameter_budget_percent",
         )
     if data.name == "glue":
         if data.subset is None:
@@ -332,6 +333,7 @@ def _impossible(cfg: RunConfig) -> list[Issue]:
                 "dataset.eval_split",
                 f"{data.eval_split!r} is also dataset.split: a run must not be scored on what it "
                 "trains on; use split: train, eval_split: validation",
+                "dataset.split",
             )
         else:
             if data.split != "train":
@@ -346,7 +348,7 @@ def _impossible(cfg: RunConfig) -> list[Issue]:
     if data.name in ("csv", "jsonl"):
         for key in ("train_file", "eval_file", "text_column", "label_column"):
             if getattr(data, key) is None:
-                fault(f"dataset.{key}", f"dataset.name {data.name} needs it: add it")
+                fault(f"dataset.{key}", f"dataset.name {data.name} needs it: add it", "dataset.name")
         if data.train_file is not None and data.train_file == data.eval_file:
             fault(
                 "dataset.eval_file",
@@ -361,6 +363,7 @@ def _impossible(cfg: RunConfig) -> list[Issue]:
         fault(
             "training.evaluate_on",
             "selection needs a part of train to score on: set dataset.selection_fraction=0.1",
+            "dataset.selection_fraction",
         )
     fw = cfg.fw_lora
     if cfg.arm == "fw_lora" and isinstance(fw.warmup_steps, int) and fw.start >= fw.warmup_steps:
@@ -368,5 +371,6 @@ def _impossible(cfg: RunConfig) -> list[Issue]:
             "fw_lora.start",
             f"{fw.start} leaves no step to watch before fw_lora.warmup_steps = {fw.warmup_steps}: "
             "lower it, or watch longer",
+            "fw_lora.warmup_steps",
         )
     return issues

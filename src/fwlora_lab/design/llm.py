@@ -134,7 +134,7 @@ def _filled(request: DesignRequest, model: str, text: str, before: set[str] | No
     try:
         design = ExperimentDesign.model_validate(merged)
     except ValidationError as error:
-        raise UserError(listing([f"{i.key}: {i.text}" for i in issues_of(error, merged)])) from None
+        raise UserError(listing([str(issue) for issue in issues_of(error, merged)])) from None
     whole = replace(request, design=design, writer=model, filled=filled)
     plan = _plan(whole)
     mark = f"answer of {one_line(model)}: "
@@ -161,10 +161,15 @@ def _answer(text: str) -> Answer:
     try:
         return Answer.model_validate(found)
     except ValidationError as error:
-        faults = [(key or "the answer", text) for key, text in issues_of(error, found)]
-    unknown = "is no key of a run config"
+        faults = issues_of(error, found)
     raise UserError(
-        listing([f"{one_line(key)}: {'may not be filled' if unknown in text else text}" for key, text in faults])
+        listing(
+            [
+                f"{one_line(fault.key or 'the answer')}: "
+                f"{'may not be filled' if fault.kind == 'unknown_key' else fault.text}"
+                for fault in faults
+            ]
+        )
     )
 
 

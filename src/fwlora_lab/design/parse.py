@@ -127,8 +127,6 @@ def check_design(
     except ValidationError as error:
         request = DesignRequest(source, ExperimentDesign.model_construct(), spelling, lines)
         messages = []
-        for key, text in issues_of(error, data):
-            if text.startswith("is no key of a run config"):
-                text = f"is no key of a design{did_you_mean(key.rsplit('.', 1)[-1], DESIGN_KEYS)}"
-            messages.append(request.place(one_line(key), one_line(text, 400)))
+        for issue in issues_of(error, data, lambda key: did_you_mean(key.rsplit(".", 1)[-1], DESIGN_KEYS)):
+            messages.append(request.place(one_line(issue.key), one_line(issue.text, 400)))
         raise UserError(listing(messages)) from None

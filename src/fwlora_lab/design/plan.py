@@ -17,10 +17,11 @@ from pydantic import ValidationError
 from fwlora_lab.catalog.methods import MethodName
 from fwlora_lab.catalog.tasks import GLUE_SUBSETS
 from fwlora_lab.config.checks import reads
+from fwlora_lab.config.faults import InvalidRun
 from fwlora_lab.config.issues import issues_of
 from fwlora_lab.config.keys import KEYS, get_key, schema_defaults, search_key
 from fwlora_lab.config.schema import Dimension
-from fwlora_lab.config.validation import InvalidRun, validate_run
+from fwlora_lab.config.validation import validate_run
 from fwlora_lab.design.airas import named_dimensions
 from fwlora_lab.design.names import ResolvedModel, arm_named, arm_of, label, model_of, plain, slug, subset_of
 from fwlora_lab.design.prose import budgets_in_prose, numbers_in_prose
@@ -474,7 +475,8 @@ class DesignPlan:
             validate_run(data)
         except InvalidRun as error:
             messages = []
-            for key, text in error.issues:
+            for issue in error.issues:
+                key, text = issue.key, issue.text
                 value = draft.values.get(key)
                 origin = value.place if value is not None else ""
                 for _, name, place in draft.search.values():

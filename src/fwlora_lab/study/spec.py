@@ -104,11 +104,9 @@ def load_study(name: str) -> StudySpec:
         return study.model_copy(update={"base": str(beside)}) if beside.is_file() else study
     except ValidationError as error:
         faults = []
-        for key, text in issues_of(error, file.values):
-            if text.startswith("is no key of a run config"):
-                text = f"is no key of a study{did_you_mean(key.rsplit('.', 1)[-1], _keys())}"
-            line = file.lines.get(key)
-            faults.append(f"{path}{f':{line}' if line else ''}: {key + ': ' if key else ''}{text}")
+        for issue in issues_of(error, file.values, lambda key: did_you_mean(key.rsplit(".", 1)[-1], _keys())):
+            line = file.lines.get(issue.key)
+            faults.append(f"{path}{f':{line}' if line else ''}: {issue.key + ': ' if issue.key else ''}{issue.text}")
         raise UserError(listing(faults)) from None
 
 

@@ -115,8 +115,8 @@ CASES: dict[str, tuple[str | bytes, str]] = {
     "defaults holds a number": ("defaults: [1, _self_]\n" + GOOD, ":1: defaults: 1 is no entry"),
     "defaults of itself": ("defaults: [x, _self_]\n" + GOOD, "x.yaml"),
     # keys
-    "unknown key at the top": (GOOD + "modell: 3\n", ":13: modell: is no key of a run config (did you mean 'model'?)"),
-    "unknown key in a block": (swap("epochs", "epoch"), ":12: training.epoch: is no key of a run config (did you mean 'training.epochs'?)"),
+    "unknown key at the top": (GOOD + "modell: 3\n", ":13: modell: unknown key (did you mean 'model'?)"),
+    "unknown key in a block": (swap("epochs", "epoch"), ":12: training.epoch: unknown key (did you mean 'training.epochs'?)"),
     "key in the wrong block": (swap("rank: 4", "rank: 4\n    batch_size: 8"), "did you mean 'training.batch_size'"),
     "camel case": (GOOD + "  batchSize: 8\n", ":13: training.batchSize"),
     "no run_id": (swap("run_id: mine\n", ""), "run_id: is missing"),

@@ -262,7 +262,7 @@ def test_sweeps_that_are_refused(run, overrides, multirun, says):
     [
         ("training.learning_rte=1", "did you mean 'training.learning_rate'"),
         ("learning_rate=1", "did you mean 'training.learning_rate'"),
-        ("+training.new=1", "'training.new' is no key"),
+        ("+training.new=1", "unknown key 'training.new'"),
         ("training.epochs", "key=value"),
         ("training.epochs=", "training.epochs"),
         ("training.epochs='3'", "remove the quotes"),
