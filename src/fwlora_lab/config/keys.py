@@ -6,7 +6,8 @@ import types
 from collections.abc import Iterator
 from typing import Annotated, Any, Union, get_args, get_origin
 
-from fwlora_lab.config.schema import Block, RunConfig
+from fwlora_lab.config.block import Block
+from fwlora_lab.config.schema import RunConfig
 from fwlora_lab.errors import UserError
 from fwlora_lab.text import did_you_mean, nearest
 

@@ -9,10 +9,11 @@ import re
 import unicodedata
 from typing import Annotated, Literal
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 
 from fwlora_lab.catalog.methods import METHODS, MethodName
 from fwlora_lab.catalog.tasks import GLUE_DEV_SPLITS, GLUE_SUBSETS
+from fwlora_lab.config.block import Block
 from fwlora_lab.config.faults import InvalidRun, Issue
 from fwlora_lab.text import did_you_mean
 
@@ -67,10 +68,6 @@ Positive = Annotated[int, Field(ge=1, lt=2**31)]
 # YAML 1.1 reads a bare `no` as False. Nobody who writes `mixed_precision: no` means anything else.
 Precision = Annotated[Literal["bf16", "no"], BeforeValidator(lambda v: "no" if v is False else v)]
 Number = int | float
-
-
-class Block(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False, hide_input_in_errors=True)
 
 
 class LoraSettings(Block):

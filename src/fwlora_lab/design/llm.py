@@ -22,6 +22,7 @@ from pydantic import Field, ValidationError
 from fwlora_lab.catalog.encoders import ENCODERS
 from fwlora_lab.catalog.methods import METHODS
 from fwlora_lab.catalog.tasks import GLUE_SUBSETS
+from fwlora_lab.config.block import Block
 from fwlora_lab.config.issues import issues_of
 from fwlora_lab.config.keys import LEAVES, search_key
 from fwlora_lab.config.schema import Positive
@@ -32,7 +33,7 @@ from fwlora_lab.design.plan import DesignPlan
 from fwlora_lab.design.prose import texts
 from fwlora_lab.design.read import read_request
 from fwlora_lab.design.request import DesignRequest
-from fwlora_lab.design.schema import ExperimentDesign, Name, Part, Percent, Setting, SpaceText
+from fwlora_lab.design.schema import ExperimentDesign, Name, Percent, Setting, SpaceText
 from fwlora_lab.errors import UserError
 from fwlora_lab.text import listing, one_line
 
@@ -51,7 +52,7 @@ _KEYS = [
 ]
 
 
-class Answer(Part):
+class Answer(Block):
     """What a language model may say of an experiment; the keys and types are those of a design."""
 
     proposed_method: Name | None = None
