@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from typing import Annotated, Any, Union, get_args, get_origin
 
 from fwlora_lab.config.block import Block
+from fwlora_lab.config.former_names import present_key, present_leaf
 from fwlora_lab.config.schema import RunConfig
 from fwlora_lab.errors import UserError
 from fwlora_lab.text import did_you_mean, nearest
@@ -71,6 +72,7 @@ def search_key(name: str) -> str:
     `batch_size` is `training.batch_size`, `lora_rank` is `model.lora.rank`; dotted keys stand
     for themselves. Raises UserError for names that mean no key or several.
     """
+    name = present_leaf(present_key(name))
     if name in _SEARCHED:
         return name
     if name.startswith("lora_") and f"model.lora.{name[5:]}" in _SEARCHED:
@@ -91,6 +93,9 @@ def search_key(name: str) -> str:
 
 def nearest_key(key: str) -> str:
     """The nearest valid key to one that is not: a sibling, or the same name in another block."""
+    present = present_key(key)
+    if present != key:  # only read where its present name is not given
+        return f": it is the former name of {present}, which is given too; keep one of them"
     block, _, leaf = key.rpartition(".")
     elsewhere = [k for k in KEYS if k.rsplit(".", 1)[-1] == leaf]
     if elsewhere:

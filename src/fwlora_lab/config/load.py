@@ -12,6 +12,7 @@ from typing import Any
 
 from fwlora_lab.config.checks import warnings_of
 from fwlora_lab.config.faults import InvalidRun, Issue
+from fwlora_lab.config.former_names import present_key, with_present_names
 from fwlora_lab.config.hydra_bridge import (
     Composition,
     Override,
@@ -35,10 +36,10 @@ MAX_RUNS = 1_000
 
 
 def _read_member(path: Path) -> tuple[dict[str, Any], str]:
-    """A file of a config tree as Hydra takes it: its values and its first lines."""
+    """A file of a config tree as Hydra takes it: its values under their present names, and its first lines."""
     file = read_file(path)
     _check_defaults_list(path, file)
-    return file.values, file.header
+    return with_present_names(file.values, warn=True), file.header
 
 
 def _check_defaults_list(path: Path, file: File) -> None:
@@ -63,7 +64,7 @@ _COMPOSITION = Composition(CONF, schema_defaults(), _read_member)
 
 def _parse_overrides(overrides: Sequence[str]) -> list[Override]:
     parsed = []
-    for text in overrides:
+    for text in map(_with_present_key, overrides):
         try:
             override = parse_override(text)
         except Unreadable as error:
@@ -74,6 +75,12 @@ def _parse_overrides(overrides: Sequence[str]) -> list[Override]:
         _refuse_override(override)
         parsed.append(override)
     return parsed
+
+
+def _with_present_key(text: str) -> str:
+    """The override with the present name of its key: `fw_lora.lambda_fw=1e-4` -> `fw_lora.penalty_strength=1e-4`."""
+    mark, key, value = re.fullmatch(r"([+~]*)([^=]*)(.*)", text, re.DOTALL).groups()  # type: ignore[union-attr]
+    return f"{mark}{present_key(key, warn=True)}{value}"
 
 
 def _refuse_override(override: Override) -> None:
@@ -107,13 +114,14 @@ def load_run(run: str, overrides: Sequence[str] = (), config_dir: str | None = N
                 f"override `{override.text}` is a sweep, which needs --multirun; a list goes in brackets, a=[b,c]"
             )
     source = read_file(file)  # first, so that its faults come with their lines
-    data = compose(file, _as_hydra_reads(parsed), _COMPOSITION)
+    lines = {present_key(key): line for key, line in source.lines.items()} | source.lines
+    data = with_present_names(compose(file, _as_hydra_reads(parsed), _COMPOSITION), warn=True)
     given = {o.key: o.text for o in parsed}
     try:
         return validate_run(data)
     except InvalidRun as error:
         issues = _faults_of(data, error.issues)
-        raise UserError(listing([f"{_place(file, source.lines, given, i.key)}{i.text}" for i in issues])) from None
+        raise UserError(listing([f"{_place(file, lines, given, i.key)}{i.text}" for i in issues])) from None
 
 
 def _as_hydra_reads(overrides: Sequence[Override]) -> list[str]:
@@ -149,7 +157,8 @@ def origins_of(run: str, overrides: Sequence[str] = (), config_dir: str | None =
         is_packaged = source.path.is_relative_to(CONF)
         shown = f"packaged {source.path.relative_to(CONF)}" if is_packaged else str(source.path)
         prefix = f"{source.package}." if source.package else ""
-        lines |= {f"{prefix}{key}": f"{shown}:{line}" for key, line in read_file(source.path).lines.items()}
+        found = {f"{prefix}{key}": f"{shown}:{line}" for key, line in read_file(source.path).lines.items()}
+        lines |= {present_key(key): where for key, where in found.items()}
     given = {o.key: f"override `{o.text}`" for o in parsed}
 
     def origin(key: str) -> str:

@@ -368,12 +368,12 @@ class Lanes:
         ranks = ranks.view(len(settings), len(self.targets))
         self._owned = ranks > 0
         fws = [s.fw for s in settings]
-        self._ema = column([fw.ema if fw else 0.0 for fw in fws])
-        self._shares = column([bool(fw and fw.averaging == "share") for fw in fws], torch.bool)
+        self._ema = column([fw.fisher_ema_decay if fw else 0.0 for fw in fws])
+        self._shares = column([bool(fw and fw.averaging == "normalized") for fw in fws], torch.bool)
         self._columns = column([fw.sketch_columns if fw else 1 for fw in fws])
         self._free = column([bool(fw and fw.estimator == "adapter") for fw in fws], torch.bool)
-        self._in_loss = column([not fw or fw.coupling == "loss" for fw in fws], torch.bool)[:, None, None]
-        # 3·d_in/(s²·r), see `fwlora.fisher.adapter_energy`.
+        self._in_loss = column([not fw or fw.penalty_mode == "loss" for fw in fws], torch.bool)[:, None, None]
+        # 3·d_in/(s²·r), see `fwlora.estimators.adapter_energy`.
         d_in = torch.tensor([d for d, _ in self._shapes], device=self.device)
         self._adapter_factor = 3.0 * d_in / ranks.clamp_min(1) / column([s.scale for s in settings]).square()
         if self.spectral:
@@ -502,7 +502,7 @@ class Lanes:
             if watches:
                 watching.append(e)
             if own.fw is not None and lane.step >= own.warmup_steps:
-                shrinking.add(NORMS.index(own.fw.norm))
+                shrinking.add(NORMS.index(own.fw.penalty_norm))
             limit = float("inf") if own.max_grad_norm is None else own.max_grad_norm
             learns = own.ada is not None and t < own.ada.total_steps - own.ada.tfinal
             bias1, bias2 = (1.0 - beta**t for beta in _BETAS)
@@ -589,8 +589,8 @@ class Lanes:
         fw = lane.settings.fw
         if fw is None or lane.step >= lane.settings.warmup_steps:
             return False
-        ago = lane.step - fw.start
-        return ago >= 0 and ago % fw.every == 0
+        ago = lane.step - fw.fisher_start
+        return ago >= 0 and ago % fw.fisher_interval == 0
 
     def _probes(self, watching: Sequence[int]) -> dict[int, Tensor]:
         sketching = [(e, self.lanes[e].settings.fw) for e in watching]
@@ -678,7 +678,9 @@ class Lanes:
             energies = torch.where(self._free, squares[:, self._b_of] * self._adapter_factor, energies)
         energies = torch.where(self._owned, energies, 0.0)
         # Nobody need count a step that is left out: its update makes the lane NaN, and the run fails and says so.
-        raw, share = (estimators.update_average(self.fisher, energies, self._ema, how)[0] for how in ("raw", "share"))
+        raw, share = (
+            estimators.update_average(self.fisher, energies, self._ema, how)[0] for how in ("raw", "normalized")
+        )
         self.fisher.copy_(torch.where(watches, torch.where(self._shares, share, raw), self.fisher))
 
     def _freeze(self, e: int) -> None:
@@ -691,14 +693,14 @@ class Lanes:
             self.fisher[e, own],
             fw.weighting,
             gamma=fw.gamma,
-            clip=fw.clip,
+            max_weight_ratio=fw.max_weight_ratio,
             normalize=fw.normalize_weights,
             seed=fw.seed,
         )
-        square = settings.scale**2 if fw.norm == "update" else 1.0
-        twice = 2.0 * fw.shrinkage * square * weights  # of ∂‖·‖², for both factors
+        square = settings.scale**2 if fw.penalty_norm == "update" else 1.0
+        twice = 2.0 * fw.penalty_strength * square * weights  # of ∂‖·‖², for both factors
         for factor in (self._a_of, self._b_of):
-            self.coefficients[NORMS.index(fw.norm), e, factor[own]] = twice
+            self.coefficients[NORMS.index(fw.penalty_norm), e, factor[own]] = twice
         self._fused = self._is_fused_faster()
 
     def _stacks(self) -> list[Tensor]:
@@ -713,11 +715,11 @@ class Lanes:
     def _shrink(self, norm: int, stacks: Sequence[Tensor], grams: Tensor | None, lr: Tensor) -> None:
         """Adds the penalty's gradient to the gradients, or takes it off the values at the learning rate.
 
-        `fwlora.shrinkage.update_gradients` over the flat buffer: each factor is multiplied with its partner's Gram
+        `fwlora.penalty.update_gradients` over the flat buffer: each factor is multiplied with its partner's Gram
         matrix, A with BᵀB and Bᵀ with AAᵀ. For the norm of the factors themselves there is nothing to multiply with.
         """
         partners = grams[:, self._partner] if grams is not None else None
-        mixed = any(lane.settings.fw is not None and lane.settings.fw.coupling != "loss" for lane in self.lanes)
+        mixed = any(lane.settings.fw is not None and lane.settings.fw.penalty_mode != "loss" for lane in self.lanes)
         for rows, term in zip(self.rows, stacks, strict=True):
             own = slice(rows.first, rows.first + rows.k)
             if norm == _UPDATE:
@@ -748,7 +750,7 @@ class Lanes:
     def _is_fused_faster(self) -> bool:
         """Whether one kernel takes the penalty's place, measured here and now; where there is no GPU it does not."""
         fws = [lane.settings.fw for lane in self.lanes if lane.settings.fw is not None]
-        usual = all(fw.norm == "update" and fw.coupling == "loss" for fw in fws)
+        usual = all(fw.penalty_norm == "update" and fw.penalty_mode == "loss" for fw in fws)
         if self.device.type != "cuda" or self.dtype != torch.float32 or self.spectral or not usual:
             return False
         if importlib.util.find_spec("triton") is None:
@@ -778,7 +780,9 @@ class Lanes:
             if step < settings.ada.tinit:
                 return "initial"
             return "allocating" if step < settings.ada.total_steps - settings.ada.tfinal else "final"
-        return "fisher" if settings.fw and step < settings.warmup_steps else "steady"
+        if settings.fw is None:
+            return "training"
+        return "warmup" if step < settings.warmup_steps else "penalty"
 
     # AdaLoRA over lanes
 

@@ -80,3 +80,15 @@ def test_an_override_of_a_block_is_the_origin_of_all_in_it(run: str) -> None:
 def test_a_run_with_faults_has_no_origins(run: str) -> None:
     with pytest.raises(UserError, match="training.epochs: must be a whole number"):
         origins_of(run, ["training.epochs=x"])
+
+
+@pytest.mark.filterwarnings("ignore:.*the former name is still read")
+def test_a_former_name_is_the_origin_of_its_present_one(tmp_path: Path) -> None:
+    run = write(
+        tmp_path / "old.yaml",
+        "run_id: old\nmethod: fw_lora\nmodel: {name: m, pretrained_id: minilm, lora: {rank: 4}}\n"
+        "dataset: {name: offline}\nfw_lora:\n  every: 2\n",
+    )
+    rows = {row.key: (row.value, row.origin) for row in origins_of(run, ["fw_lora.lambda_fw=0.5"])}
+    assert rows["fw_lora.fisher_interval"] == (2, f"{run}:6")
+    assert rows["fw_lora.penalty_strength"] == (0.5, "override `fw_lora.penalty_strength=0.5`")

@@ -27,7 +27,7 @@ targets = [n for n, m in model.named_modules() if n.endswith(("query", "value", 
 for rank in (1, 5, 20):
     engine = Lanes(BertForSequenceClassification(config), targets, 3, rank)
     for e in range(3):
-        fw = FWLoraConfig(shrinkage=0.1)
+        fw = FWLoraConfig(penalty_strength=0.1)
         settings = LaneSettings(dict.fromkeys(targets, rank), 2.0, 0.0, 0.0, None, e, fw=fw, warmup_steps=1)
         engine.admit(settings, {}, {})
     engine.values.normal_()

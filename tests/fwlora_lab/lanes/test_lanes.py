@@ -161,7 +161,7 @@ def initial(model, targets, rank: int, seed: int) -> tuple[dict, dict]:
     return adapters, head
 
 
-FW = FWLoraConfig(warmup=8, ema=0.9, shrinkage=0.01)
+FW = FWLoraConfig(warmup_steps=8, fisher_ema_decay=0.9, penalty_strength=0.01)
 RUNS = [
     # (rank, learning rate, settings of the lane)
     (2, 1e-2, {}),
@@ -169,19 +169,19 @@ RUNS = [
     (
         1,
         2e-2,
-        {"fw": FWLoraConfig(warmup=5, coupling="decoupled", shrinkage=0.05), "warmup_steps": 5},
+        {"fw": FWLoraConfig(warmup_steps=5, penalty_mode="decoupled", penalty_strength=0.05), "warmup_steps": 5},
     ),
     (
         3,
         1e-2,
-        {"fw": FWLoraConfig(warmup=6, norm="factors", estimator="per_example"), "warmup_steps": 6},
+        {"fw": FWLoraConfig(warmup_steps=6, penalty_norm="factors", estimator="per_example"), "warmup_steps": 6},
     ),
-    (3, 1e-2, {"fw": FWLoraConfig(warmup=6, estimator="sketch", every=2), "warmup_steps": 6}),
+    (3, 1e-2, {"fw": FWLoraConfig(warmup_steps=6, estimator="sketch", fisher_interval=2), "warmup_steps": 6}),
     (
         2,
         1e-2,
         {
-            "fw": FWLoraConfig(warmup=4, estimator="adapter"),
+            "fw": FWLoraConfig(warmup_steps=4, estimator="adapter"),
             "warmup_steps": 4,
             "max_grad_norm": None,
         },
@@ -276,7 +276,7 @@ def test_every_lane_is_the_run_that_peft_trains(kind, table):
             assert_close(a, layer.lora_A["default"].weight.detach(), rtol=1e-6, atol=1e-8)
             assert_close(b, layer.lora_B["default"].weight.detach(), rtol=1e-6, atol=1e-8)
         if handle is not None:
-            assert handle.phase == "shrink"
+            assert handle.phase == "penalty"
             assert engine.fisher_of(i) == pytest.approx(handle.fisher(), rel=1e-6)
             fw = RUNS[i][2]["fw"]
             twice = 2 * fw.shrinkage * (4.0 if fw.norm == "update" else 1.0)
@@ -464,7 +464,7 @@ def test_an_svd_lora_lane_is_the_arm_that_peft_trains(table, tmp_path):
     for step in range(30):
         rates = [arm.learning_rate(step) for arm in arms]
         batches = [batch_of(words, i, step) for i in range(2)]
-        assert [engine.phase(i) for i in range(2)] == ["steady"] * 2
+        assert [engine.phase(i) for i in range(2)] == ["training"] * 2
         losses = engine.step(pack(words, batches, F64), rates)
         for i, arm in enumerate(arms):
             loss = arm.model(**collate(words, batches[i], 0, "longest", 64)).loss
