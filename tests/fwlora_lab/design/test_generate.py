@@ -246,7 +246,7 @@ def test_a_search_keeps_a_part_of_train_and_fits_the_method():
     space = {"learning_rate": "1e-4-3e-4", "lambda_fw": "1e-5-1e-4", "adalora.beta1": "0.5-0.9"}
     fw, adalora, lora = configs(hyperparameters_to_search=space, n_trials=9)
     assert [list(c["optuna"]["search_space"]) for c in (fw, adalora, lora)] == [
-        ["learning_rate", "lambda_fw"],
+        ["learning_rate", "penalty_strength"],
         ["learning_rate", "adalora.beta1"],
         ["learning_rate"],
     ]
