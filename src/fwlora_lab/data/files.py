@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 import numpy as np
 
-from fwlora_lab.data.task import Examples, TaskSpec
+from fwlora_lab.catalog.tasks import TaskSpec
+from fwlora_lab.data.task import Examples
 from fwlora_lab.data.text_files import read_text, refuse, refuse_file
 from fwlora_lab.errors import UserError
 from fwlora_lab.text import did_you_mean

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 from pydantic import ValidationError
 
 from fwlora_lab.catalog.methods import MethodName
-from fwlora_lab.catalog.tasks import GLUE_SUBSETS
+from fwlora_lab.catalog.tasks import GLUE
 from fwlora_lab.config.checks import reads
 from fwlora_lab.config.faults import InvalidRun
 from fwlora_lab.config.former_names import present_leaf, with_present_names
@@ -317,7 +317,7 @@ class DesignPlan:
         if kind is None:
             raise UserError(
                 f"{self.request.place(draft.dataset_key)}: {one_line(name, 80)!r} is no data set known here"
-                f"{did_you_mean(name[:80], GLUE_SUBSETS)}: name a GLUE task or offline, or give a block of name and "
+                f"{did_you_mean(name[:80], GLUE)}: name a GLUE task or offline, or give a block of name and "
                 "settings (name: csv, train_file, eval_file, text_column, label_column)"
             )
         draft.put("dataset.name", kind, place=draft.dataset_key)

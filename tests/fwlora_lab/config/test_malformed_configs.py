@@ -167,7 +167,7 @@ CASES: dict[str, tuple[str | bytes, str]] = {
     "neither rank nor budget": (swap("    rank: 4", "    alpha: 4"), "model.lora.rank: neither it nor"),
     "budget above all": (swap("name: m", "name: m\n  parameter_budget_percent: 101"), ":5: model.parameter_budget_percent"),
     "glue without subset": (swap("  subset: cola\n", ""), "dataset.subset: glue needs it"),
-    "unknown subset": (swap("cola", "CoLa2"), ":10: dataset.subset: 'CoLa2' is no GLUE task (did you mean 'cola'?)"),
+    "unknown subset": (swap("cola", "CoLa2"), ":10: dataset.subset: 'CoLa2' is not a task of glue (did you mean 'cola'?)"),
     "unknown dataset": (swap("glue", "gleu"), ":9: dataset.name: the text 'gleu' is not allowed (did you mean 'glue'?)"),
     "scored on train": (swap("cola", "cola\n  eval_split: train"), ":11: dataset.eval_split: 'train' is also dataset.split"),
     "scored on test": (swap("cola", "cola\n  eval_split: test"), ":11: dataset.eval_split: 'test' has no public labels"),
