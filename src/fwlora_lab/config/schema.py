@@ -12,6 +12,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 
+from fwlora_lab.catalog.extensions import load_extensions
 from fwlora_lab.catalog.methods import METHODS, MethodName
 from fwlora_lab.catalog.tasks import SOURCES, TASKS, source_of, tasks_of
 from fwlora_lab.config.block import Block
@@ -304,6 +305,7 @@ class RunConfig(Block):
     @model_validator(mode="before")
     @classmethod
     def _former_names(cls, data: Any) -> Any:
+        load_extensions()  # first of all validators: a method or a data set may be an extension's
         return with_present_names(data) if isinstance(data, Mapping) else data
 
     @model_validator(mode="after")
