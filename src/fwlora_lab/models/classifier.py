@@ -50,7 +50,7 @@ class ClassifierSkeleton:
     def with_head(self, seed: int) -> PreTrainedModel:
         """A classifier with the head that `build_classifier` draws from the same seed."""
         model = copy.deepcopy(self._model)
-        # One zero, seen as a whole matrix: PEFT creates adapters on the device of the frozen weight, which must be real.
+        # One zero, seen as a whole matrix: PEFT puts adapters on the device of the frozen weight, so it must be real.
         self._move_frozen(model, lambda t: torch.zeros((), dtype=t.dtype).expand(t.shape))
         return _with_head(model, self._missing, seed)
 

@@ -9,6 +9,7 @@ optimizer's step hooks.
 
 from __future__ import annotations
 
+import copy
 import math
 import warnings
 from collections.abc import Callable, Mapping, Sequence
@@ -125,12 +126,17 @@ class AdaLoraMethod(Method):
     def state_dict(self) -> dict[str, Any]:
         allocator = self._tuner.rankallocator
         scores = {name: {k: t.clone() for k, t in getattr(allocator, name).items()} for name in self._SMOOTHED}
-        return {"step": self._step, **scores}
+        # After the last allocation PEFT keeps the ranks in its config, and masks by them from then on.
+        return {"step": self._step, "rank_pattern": copy.deepcopy(self._config.rank_pattern), **scores}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self._step = state["step"]
+        self._step, self._config.rank_pattern = state["step"], copy.deepcopy(state["rank_pattern"])
         for name in self._SMOOTHED:
             setattr(self._tuner.rankallocator, name, {k: t.clone() for k, t in state[name].items()})
+
+    @property
+    def _config(self) -> AdaLoraConfig:
+        return cast(AdaLoraConfig, self.model.peft_config["default"])
 
     def _allocate(self, *_: Any) -> None:
         # After the optimizer's step and before zero_grad, counted from 1, as in PEFT's own example.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -82,8 +83,8 @@ class PeftEngine:
             "run": run.state_dict(),
             "adapters": {name: [t.clone() for t in factors] for name, factors in state.adapters().items()},
             "head": {name: value.clone() for name, value in state.head().items()},
-            "optimizer": method.optimizer.state_dict(),
-            "scheduler": method.scheduler.state_dict(),
+            "optimizer": copy.deepcopy(method.optimizer.state_dict()),
+            "scheduler": copy.deepcopy(method.scheduler.state_dict()),
             "method": method.state_dict(),
             "random": torch.get_rng_state(),
             "random_cuda": torch.cuda.get_rng_state(self.device) if self.device.type == "cuda" else None,
