@@ -14,7 +14,7 @@ from transformers import DataCollatorWithPadding, PrinterCallback, Trainer, Trai
 
 from fwlora_lab.bench.workload import NEVER, PADDED, WHOLE, Workload
 from fwlora_lab.data.tokens import collate
-from fwlora_lab.lanes.engine import Lanes
+from fwlora_lab.lanes.engine import LaneEngine
 from fwlora_lab.lanes.packing import Packed, Shape, pack, pack_shaped, shape_of
 from fwlora_lab.models.classifier import build_classifier
 from fwlora_lab.models.methods import build_method, initial_ranks
@@ -35,7 +35,7 @@ class LaneCase:
         if half or course.device.type == "cuda":
             model.bfloat16()
         ranks = initial_ranks(cfg, course.backbone, total)
-        self.engine = Lanes(model, list(ranks), lanes, max(ranks.values()), spectral=method == "adalora")
+        self.engine = LaneEngine(model, list(ranks), lanes, max(ranks.values()), svd_parametrized=method == "adalora")
         for seed in range(lanes):
             arm = build_method(cfg, course.backbone, course.spec, seed, total)
             self.engine.admit(lane_settings(cfg, arm, seed, total), arm.adapters(), arm.head())

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from fwlora_lab.data.tokens import TokenTable, epoch_batches
 from fwlora_lab.errors import UserError
-from fwlora_lab.lanes.engine import Lanes
+from fwlora_lab.lanes.engine import LaneEngine
 from fwlora_lab.lanes.packing import Packed, Shape, pack, pack_shaped, shape_of
 from fwlora_lab.lanes.settings import supports
 from fwlora_lab.models.classifier import build_classifier
@@ -178,7 +178,7 @@ class Scheduler:
         queue's must be like; there are at most `width` of them (None: one for each job of `room`).
         """
         busy: list[int] = []
-        engine: Lanes | None = None
+        engine: LaneEngine | None = None
         seats: list[ActiveRun] = []
         table = room[0].train.to(self.device)
         evaluation = room[0].evaluation
@@ -235,7 +235,7 @@ class Scheduler:
         self.listen(RunStarted(*job.key, cfg.arm, steps, epochs, index, len(self.jobs)))
         return True
 
-    def _tick(self, engine: Lanes, seats: Sequence[ActiveRun], table: TokenTable) -> None:
+    def _tick(self, engine: LaneEngine, seats: Sequence[ActiveRun], table: TokenTable) -> None:
         """One optimiser step of every seated run; its seconds are shared out evenly."""
         started = time.perf_counter()
         batches = [seat.batches[seat.state.position] for seat in seats]
@@ -259,7 +259,7 @@ class Scheduler:
             state.training.add(phase, share)
 
     def _evaluate(
-        self, engine: Lanes, seats: Sequence[ActiveRun], ended: Sequence[ActiveRun], table: TokenTable
+        self, engine: LaneEngine, seats: Sequence[ActiveRun], ended: Sequence[ActiveRun], table: TokenTable
     ) -> None:
         """Close the epoch of the runs that ended one in this tick, all on the same evaluation examples."""
         started = time.perf_counter()
@@ -310,7 +310,7 @@ class ActiveRun:
     shape: Shape = Shape(0, 0, 0)
 
     @classmethod
-    def taken(cls, index: int, job: Job, engine: Lanes, device: torch.device, stack: contextlib.ExitStack) -> ActiveRun:
+    def taken(cls, index: int, job: Job, engine: LaneEngine, device: torch.device, stack: contextlib.ExitStack) -> ActiveRun:
         started = datetime.now(UTC)
         arm = build_method(job.cfg, job.backbone, job.spec, job.seed, job.total_steps)
         # What the run starts from is what it would start from alone; the lane trains it.
@@ -350,7 +350,7 @@ class ActiveRun:
         listen(StepDone(*self.job.key, state.step, self.job.total_steps, mean, phase, rate))
 
     def leave(
-        self, engine: Lanes, seats: list[ActiveRun], device: torch.device, listen: EventCallback
+        self, engine: LaneEngine, seats: list[ActiveRun], device: torch.device, listen: EventCallback
     ) -> Record | None:
         """Give the lane back and write the record."""
         lane = seats.index(self)
@@ -385,13 +385,13 @@ def _room_for(jobs: Sequence[Job]) -> tuple[list[str], int]:
     return list(dict.fromkeys(name for of in ranks for name in of)), max(rank for of in ranks for rank in of.values())
 
 
-def _lanes_for(jobs: Sequence[Job], width: int, device: torch.device) -> Lanes:
+def _lanes_for(jobs: Sequence[Job], width: int, device: torch.device) -> LaneEngine:
     """An engine with room for every job's matrices and ranks."""
     targets, highest = _room_for(jobs)
     model = build_classifier(jobs[0].backbone, jobs[0].spec, 0).to(device)  # type: ignore[arg-type]
     if in_bf16(jobs[0].cfg, device):
         model.bfloat16()  # what is trained stays in fp32
-    return Lanes(model, targets, width, highest, spectral=jobs[0].cfg.arm in SPECTRAL)
+    return LaneEngine(model, targets, width, highest, svd_parametrized=jobs[0].cfg.arm in SPECTRAL)
 
 
 def _pack(table: TokenTable, batches: Sequence[Tensor], seats: Sequence[ActiveRun]) -> Packed:
@@ -400,7 +400,7 @@ def _pack(table: TokenTable, batches: Sequence[Tensor], seats: Sequence[ActiveRu
     return pack_shaped(table, batches, Shape(*map(max, zip(*(seat.shape for seat in seats), strict=True))))
 
 
-def _lanes_that_fit(width: int, engine: Lanes, seat: ActiveRun, table: TokenTable) -> int:
+def _lanes_that_fit(width: int, engine: LaneEngine, seat: ActiveRun, table: TokenTable) -> int:
     """How many of `width` lanes the free memory holds, judged by the first run's batch with the most tokens."""
     largest = max(seat.batches, key=lambda batch: int(seat.lengths[batch].sum()))
     fit = _MEMORY * free_memory(engine.device) / engine.memory(_pack(table, [largest], [seat]))

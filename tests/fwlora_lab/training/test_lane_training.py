@@ -137,7 +137,7 @@ def test_an_evaluation_that_fails_is_the_runs_failure(world, monkeypatch):
     def full(*_):
         raise RuntimeError("out of memory")
 
-    monkeypatch.setattr(loop.Lanes, "predict", full)
+    monkeypatch.setattr(loop.LaneEngine, "predict", full)
     records = train_runs([RunSpec(lanes(world, "lora"), seed) for seed in (0, 1)])
     assert [r.status for r in records] == ["failed"] * 2
     assert {r.error.message for r in records} == {"out of memory"} and records[0].epochs == []
@@ -198,9 +198,9 @@ def test_what_has_no_lanes_trains_padded_and_says_so(world, tmp_path):
 def test_memory_decides_how_many_lanes_there_are(world, monkeypatch, free, expected):
     """However little there is, one lane trains; with more than enough it is the most that serves a CPU."""
     seen = []
-    step = loop.Lanes.step
+    step = loop.LaneEngine.step
     monkeypatch.setattr(loop, "_free_memory", lambda _: free)
-    monkeypatch.setattr(loop.Lanes, "step", lambda self, *args: seen.append(len(self.lanes)) or step(self, *args))
+    monkeypatch.setattr(loop.LaneEngine, "step", lambda self, *args: seen.append(len(self.lanes)) or step(self, *args))
     records = train_runs([RunSpec(lanes(world, "lora"), s) for s in range(5)])
     assert [r.status for r in records] == ["complete"] * 5
     assert max(seen) == expected
