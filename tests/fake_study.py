@@ -57,11 +57,11 @@ def record(cfg: RunConfig, seed: int, score: float, seconds: float = 60.0, layer
         )
         for e in (1, 2, 3)
     ]  # fmt: skip
-    fisher = 0.2 * seconds if cfg.arm == "fw_lora" else 0.0
+    fisher = 0.2 * seconds if cfg.method_name == "fw_lora" else 0.0
     fields: dict[str, Any] = dict(
         run_id=cfg.run_id,
         seed=seed,
-        arm=cfg.arm,
+        method=cfg.method_name,
         status="complete",
         started=START + timedelta(hours=seed, minutes=5 * sum(map(ord, cfg.run_id)) % 50),
         finished=START + timedelta(hours=seed, minutes=5 * sum(map(ord, cfg.run_id)) % 50, seconds=seconds),
@@ -78,12 +78,12 @@ def record(cfg: RunConfig, seed: int, score: float, seconds: float = 60.0, layer
         backbone={"name": "all-MiniLM-L6-v2", "source": "the package", "commit": None, "parameters": 22_713_216},
         parameters=dict(
             asked_percent=cfg.model.parameter_budget_percent, backbone=22_713_216, adapters=45_312,
-            adapters_trained=66_048 if cfg.arm == "adalora" else 45_312, head=148_610, percent=0.1995,
+            adapters_trained=66_048 if cfg.method_name == "adalora" else 45_312, head=148_610, percent=0.1995,
         ),
         epochs=epochs,
         times=dict(
-            train_seconds=seconds, fisher_seconds=fisher, steady_seconds=seconds - fisher, eval_seconds=3.0,
-            phases={"fisher": fisher, "steady": seconds - fisher},
+            train_seconds=seconds, warmup_seconds=fisher, steady_seconds=seconds - fisher, eval_seconds=3.0,
+            phases={"warmup": fisher, "penalty": seconds - fisher},
         ),
         steps=300,
         total_steps=300,
@@ -105,7 +105,7 @@ def matrices(cfg: RunConfig, rng: np.random.Generator, layers: int = 6) -> list[
     norms = np.sqrt(share) * 3 + 0.3
     rows = []
     for name, f, i, norm in zip(names, fisher, share, norms, strict=True):
-        weighted = dict(fisher=f, importance=i, weight=1 - i) if cfg.arm == "fw_lora" else {}
+        weighted = dict(fisher=f, importance=i, weight=1 - i) if cfg.method_name == "fw_lora" else {}
         rows.append(MatrixRow(name=name, rank=1, delta_norm=norm * (0.6 if weighted else 1), **weighted))
     return rows
 

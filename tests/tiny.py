@@ -100,7 +100,7 @@ class World:
                 "learning_rate": 5e-3,
                 "mixed_precision": "no",
             },
-            "fw_lora": {"warmup_steps": 6, "lambda_fw": 0.05},
+            "fw_lora": {"warmup_steps": 6, "penalty_strength": 0.05},
         }
         for key, value in changes.items():
             *path, last = key.split("__")

@@ -17,7 +17,7 @@ _STATE = "fwlora.pt"
 class FWLoraCallback(TrainerCallback):
     """Attaches the method when training begins; `handle` is None until then.
 
-    The Trainer knows the number of steps, so a `warmup` given as a fraction works and a K that is too large is
+    The Trainer knows the number of steps, so a `warmup_steps` given as a fraction works and a K that is too large is
     refused. The state is saved into each checkpoint and read from the one that training resumes from.
     """
 
@@ -52,7 +52,7 @@ class FWLoraCallback(TrainerCallback):
         logs: dict[str, float] | None = None,
         **kwargs: Any,
     ) -> None:
-        if self.handle is not None and self.handle.phase == "shrink" and logs is not None:
+        if self.handle is not None and self.handle.phase == "penalty" and logs is not None:
             # The Trainer has filed a copy of `logs` already; callbacks that come later read `logs` itself.
             penalty = float(self.handle.penalty())
             logs["fw_lora_penalty"] = state.log_history[-1]["fw_lora_penalty"] = penalty

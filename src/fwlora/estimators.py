@@ -126,16 +126,16 @@ def adapter_energy(
 def update_average(
     fisher: Float[Tensor, "*lanes m"],
     step: Float[Tensor, "*lanes m"],
-    ema: float | Float[Tensor, "*lanes 1"],
+    decay: float | Float[Tensor, "*lanes 1"],
     averaging: str,
 ) -> tuple[Float[Tensor, "*lanes m"], Tensor]:
-    """`F ← α·F + (1 − α)·f` (the request), or the same over the step's shares `f / Σf`.
+    """`F ← α·F + (1 − α)·f` (the request), or the same over the step's normalized `f / Σf`.
 
-    Raw values follow the global size of the gradient, so steps with a large loss dominate; shares weigh every step
-    alike. A step with a non-finite value leaves F as it is. Returns the new F and whether the step counted, boolean
-    [*lanes]: nothing here waits for the device.
+    Raw values follow the global size of the gradient, so steps with a large loss dominate; normalized values weigh
+    every step alike. A step with a non-finite value leaves F as it is. Returns the new F and whether the step counted,
+    boolean [*lanes]: nothing here waits for the device.
     """
-    if averaging == "share":
+    if averaging == "normalized":
         step = step / step.sum(-1, keepdim=True)
     counted = torch.isfinite(step).all(-1)
-    return torch.where(counted[..., None], ema * fisher + (1.0 - ema) * step, fisher), counted
+    return torch.where(counted[..., None], decay * fisher + (1.0 - decay) * step, fisher), counted

@@ -1,4 +1,4 @@
-"""The clock of Fisher-Weighted LoRA: watch for K steps, weigh once, then shrink at every step.
+"""The clock of Fisher-Weighted LoRA: watch for K steps, weigh once, then penalize at every step.
 
     L_total = L_task + λ Σ_m w_m ‖ΔW_m‖_F²,   w_m = 1 − F_m / ΣF,   F_m = EMA over K steps of ‖∇W_m L_task‖_F²
 
@@ -25,13 +25,13 @@ from fwlora.config import FWLoraConfig
 from fwlora.penalty import Penalty, update_norms
 from fwlora.weighting import importance, penalty_weights
 
-Phase: TypeAlias = Literal["warmup", "shrink", "detached"]
+Phase: TypeAlias = Literal["warmup", "penalty", "detached"]
 
 
 class FisherWeightedLoRA:
     """What `attach` returns: the method at work on one model and one optimizer.
 
-    It is inert but for its hooks. `phase` is "warmup" while the Fisher proxies are gathered, "shrink" once the
+    It is inert but for its hooks. `phase` is "warmup" while the Fisher proxies are gathered, "penalty" once the
     weights are frozen, and "detached" after `detach()`.
     """
 
@@ -46,7 +46,7 @@ class FisherWeightedLoRA:
         process_group: Any,
     ) -> None:
         self.config = config
-        self.warmup_steps = config.warmup_steps(total_steps)
+        self.warmup_steps = config.resolve_warmup_steps(total_steps)
         self.step = 0
         self._scaler = scaler
         self._group = process_group
@@ -60,7 +60,7 @@ class FisherWeightedLoRA:
         # Per factor, in the penalty's order: the optimizer's group that trains it, or None.
         self._factors = factors
         self._groups = [groups.get(id(f)) if f.requires_grad else None for f in factors]
-        self._penalty = Penalty([(p.a, p.b) for p in self._pairs], config.norm)
+        self._penalty = Penalty([(p.a, p.b) for p in self._pairs], config.penalty_norm)
         device = self._pairs[0].a.device
         self._fisher = torch.zeros(len(self.targets), dtype=_accumulation(self._pairs), device=device)
         self._skipped = torch.zeros((), dtype=torch.int64, device=device)
@@ -157,7 +157,7 @@ class FisherWeightedLoRA:
         self._forget()
         if self.step >= self.warmup_steps:
             self._freeze()
-        elif self.phase == "shrink":
+        elif self.phase == "penalty":
             raise ValueError("this state is from the warm-up, which is over here: attach again, then load it")
 
     def detach(self) -> None:
@@ -186,8 +186,8 @@ class FisherWeightedLoRA:
             self._freeze()
 
     def _watching(self) -> bool:
-        ago = self.step - self.config.start
-        return 0 <= ago and ago % self.config.every == 0
+        ago = self.step - self.config.fisher_start
+        return 0 <= ago and ago % self.config.fisher_interval == 0
 
     def _tap(self, index: int) -> Callable[..., Tensor | None]:
         target = self.targets[index]
@@ -255,7 +255,7 @@ class FisherWeightedLoRA:
                     step = step / self.config.sketch_columns
         self._forget()
         self._fisher, counted = estimators.update_average(
-            self._fisher, step.to(self._fisher), self.config.ema, self.config.averaging
+            self._fisher, step.to(self._fisher), self.config.fisher_ema_decay, self.config.averaging
         )
         self._skipped += ~counted
 
@@ -293,7 +293,7 @@ class FisherWeightedLoRA:
         self._remove_taps()
         self._weights = self._weigh()
         self._coefficients = None
-        self.phase = "shrink"
+        self.phase = "penalty"
         if skipped := self.skipped_steps:
             warnings.warn(
                 f"fwlora: {skipped} of the {self.warmup_steps} warm-up steps had a gradient that was not finite "
@@ -319,7 +319,7 @@ class FisherWeightedLoRA:
             self._fisher,
             c.weighting,
             gamma=c.gamma,
-            clip=c.clip,
+            max_weight_ratio=c.max_weight_ratio,
             normalize=c.normalize_weights,
             seed=c.seed,
         )
@@ -330,9 +330,9 @@ class FisherWeightedLoRA:
         if self._coefficients is None or self._coefficients[0] != scales:
             assert self._weights is not None
             weights = self._weights[torch.tensor(self._owner, device=self._weights.device)]
-            if self.config.norm == "update":
+            if self.config.penalty_norm == "update":
                 weights = weights * torch.tensor(scales, dtype=torch.float64).square().to(weights)
-            all_pairs = self.config.shrinkage * weights
+            all_pairs = self.config.penalty_strength * weights
             self._coefficients = (
                 scales,
                 [all_pairs[torch.tensor(s.index)].to(s.a[0].device) for s in self._penalty.stacks],
@@ -341,10 +341,10 @@ class FisherWeightedLoRA:
 
     @torch.no_grad()
     def _shrink(self, scale: Tensor | None, found_inf: Tensor | None) -> None:
-        if self.config.shrinkage == 0.0:
+        if self.config.penalty_strength == 0.0:
             return
         coefficients = self._penalty_coefficients()
-        if self.config.coupling == "loss":
+        if self.config.penalty_mode == "loss":
             if scale is not None:
                 coefficients = [c * scale.to(c) for c in coefficients]
             terms = self._penalty.gradient(coefficients)
@@ -424,9 +424,9 @@ def attach(
         model: a PEFT model with plain LoRA adapters, also wrapped (DDP).
         optimizer: the optimizer that trains its adapters; Accelerate's wrapper is looked through.
         config: the method's settings.
-        total_steps: optimiser steps of the whole run, where known. Needed for a `warmup` given as a fraction.
+        total_steps: optimiser steps of the whole run, where known. Needed for a `warmup_steps` given as a fraction.
         scaler: the GradScaler, where one is used with `estimator="exact"`, "sketch" or "per_example": without it a
-            change of the loss scale during the warm-up weighs steps differently (`averaging="share"` does not mind).
+            change of the loss scale during the warm-up weighs steps differently (`averaging="normalized"` does not).
         process_group: over which Fisher statistics are averaged. "auto" is DDP's own, or all processes where
             torch.distributed is set up; None keeps each process to itself.
 

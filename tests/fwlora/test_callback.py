@@ -15,7 +15,7 @@ import fwlora
 from fwlora import FWLoraCallback, FWLoraConfig
 
 STEPS = 10
-CONFIG = FWLoraConfig(warmup=4, ema=0.5, shrinkage=0.5)
+CONFIG = FWLoraConfig(warmup_steps=4, fisher_ema_decay=0.5, penalty_strength=0.5)
 
 
 def bert(seed: int = 0) -> nn.Module:
@@ -84,7 +84,7 @@ def test_trainer_equals_a_plain_loop(tmp_path):
     callback = FWLoraCallback(CONFIG)
     trainer = train(tmp_path, model, callback)
     trainer.train()
-    assert callback.handle is not None and callback.handle.phase == "shrink"
+    assert callback.handle is not None and callback.handle.phase == "penalty"
     logged = [entry for entry in trainer.state.log_history if "fw_lora_penalty" in entry]
     assert len(logged) >= STEPS - CONFIG.warmup and logged[-1]["fw_lora_penalty"] > 0
 

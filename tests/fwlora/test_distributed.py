@@ -21,7 +21,7 @@ STEPS = 8
 
 
 def config(estimator: str) -> FWLoraConfig:
-    return FWLoraConfig(warmup=4, ema=0.5, shrinkage=0.1, estimator=estimator)
+    return FWLoraConfig(warmup_steps=4, fisher_ema_decay=0.5, penalty_strength=0.1, estimator=estimator)
 
 
 def train(model, wrapped, optimizer, shard):

@@ -96,7 +96,7 @@ def test_exact_is_the_gradient_of_an_unfrozen_twin(kind, micro):
     model = net(kind)
     ((x, y),) = batches(1)
     twin = frozen_gradients(copy.deepcopy(model), lambda m: cross_entropy(m(x), y))
-    handle = train(model, [(x, y)], FWLoraConfig(warmup=2, ema=0.0), micro=micro)
+    handle = train(model, [(x, y)], FWLoraConfig(warmup_steps=2, fisher_ema_decay=0.0), micro=micro)
     want = {n: float(g.square().sum()) for n, g in twin.items()}
     assert handle.fisher() == pytest.approx(want, rel=1e-10)
     total = sum(want.values())
@@ -111,14 +111,16 @@ def test_per_example_is_the_sum_over_single_examples():
         grads = frozen_gradients(model, lambda m, i=i: cross_entropy(m(x[i : i + 1]), y[i : i + 1]) / len(x))
         for n, g in grads.items():
             want[n] += float(g.square().sum())
-    handle = train(model, [(x, y)], FWLoraConfig(warmup=2, ema=0.0, estimator="per_example"))
+    handle = train(model, [(x, y)], FWLoraConfig(warmup_steps=2, fisher_ema_decay=0.0, estimator="per_example"))
     assert handle.fisher() == pytest.approx(want, rel=1e-10)
 
 
 def test_sketch_follows_exact():
     data = batches(300)
-    exact = train(net("linear"), data, FWLoraConfig(warmup=299, shrinkage=0.0, ema=0.99))
-    config = FWLoraConfig(warmup=299, shrinkage=0.0, ema=0.99, estimator="sketch", sketch_columns=8)
+    exact = train(net("linear"), data, FWLoraConfig(warmup_steps=299, penalty_strength=0.0, fisher_ema_decay=0.99))
+    config = FWLoraConfig(
+        warmup_steps=299, penalty_strength=0.0, fisher_ema_decay=0.99, estimator="sketch", sketch_columns=8
+    )
     sketch = train(net("linear"), data, config)
     assert sketch.importance() == pytest.approx(exact.importance(), rel=0.1)
     assert sketch.importance() != exact.importance()
@@ -133,7 +135,7 @@ def test_adapter_estimator_reads_the_gradient_of_b():
     for n, m in layers(twin).items():
         g = m.lora_B["default"].weight.grad
         want[n] = float(g.square().sum()) * 3 * m.in_features / (2 * m.scaling["default"] ** 2)
-    handle = train(model, [(x, y)], FWLoraConfig(warmup=2, ema=0.0, estimator="adapter"))
+    handle = train(model, [(x, y)], FWLoraConfig(warmup_steps=2, fisher_ema_decay=0.0, estimator="adapter"))
     assert handle.fisher() == pytest.approx(want, rel=1e-10)
 
 
@@ -148,8 +150,8 @@ def test_gradient_checkpointing_changes_nothing(reentrant):
     plain, checked = net("linear"), net("linear")
     checked.base_model.model.__class__ = Checkpointed
     data = batches(3)
-    one = train(plain, data, FWLoraConfig(warmup=2))
-    other = train(checked, data, FWLoraConfig(warmup=2))
+    one = train(plain, data, FWLoraConfig(warmup_steps=2))
+    other = train(checked, data, FWLoraConfig(warmup_steps=2))
     assert one.fisher() == pytest.approx(other.fisher(), rel=1e-12)
 
 
@@ -167,7 +169,9 @@ def test_checkpointing_still_frees_the_input():
 
 def test_every_and_start_choose_the_steps():
     data = batches(8)
-    looked = train(net("linear"), data, FWLoraConfig(warmup=7, every=3, start=1, shrinkage=0.0))
+    looked = train(
+        net("linear"), data, FWLoraConfig(warmup_steps=7, fisher_interval=3, fisher_start=1, penalty_strength=0.0)
+    )
     model = net("linear")
     optimizer = torch.optim.AdamW(trainable(model), lr=1e-2, weight_decay=0.01)
     fisher = dict.fromkeys(layers(model), 0.0)
@@ -183,8 +187,8 @@ def test_every_and_start_choose_the_steps():
 
 def test_hooks_are_gone_after_the_warmup():
     model = net("linear")
-    handle = train(model, batches(2), FWLoraConfig(warmup=2))
-    assert handle.phase == "shrink"
+    handle = train(model, batches(2), FWLoraConfig(warmup_steps=2))
+    assert handle.phase == "penalty"
     assert all(not m._forward_hooks for m in model.modules())
 
 
@@ -195,14 +199,14 @@ def test_hooks_are_gone_after_the_warmup():
 @pytest.mark.parametrize("norm", ["update", "factors"])
 def test_closed_form_gradient_is_autograds(kind, norm):
     model = net(kind)
-    config = FWLoraConfig(warmup=1, norm=norm, shrinkage=0.7)
+    config = FWLoraConfig(warmup_steps=1, penalty_norm=norm, penalty_strength=0.7)
     optimizer = torch.optim.SGD(trainable(model), lr=1.0)
     handle = fwlora.attach(model, optimizer, config)
     x, y = batches(1)[0]
     cross_entropy(model(x), y).backward()
     optimizer.step()
     optimizer.zero_grad()
-    assert handle.phase == "shrink"
+    assert handle.phase == "penalty"
     value = 0.7 * penalty_by_autograd(model, handle.weights(), norm)
     assert_close(handle.penalty(), value.detach(), rtol=1e-10, atol=0)
     factors = [f for m in layers(model).values() for f in (m.lora_A["default"].weight, m.lora_B["default"].weight)]
@@ -235,7 +239,7 @@ def test_closed_form_gradient_on_4bit_layers(norm):
         for factor in (m.lora_A["default"], m.lora_B["default"]):
             factor.weight.data = factor.weight.data.double()
     optimizer = torch.optim.SGD(trainable(model), lr=1.0)
-    handle = fwlora.attach(model, optimizer, FWLoraConfig(warmup=1, norm=norm, shrinkage=0.7))
+    handle = fwlora.attach(model, optimizer, FWLoraConfig(warmup_steps=1, penalty_norm=norm, penalty_strength=0.7))
     x = torch.randn(4, 5, 64)
     cross_entropy(model(x), torch.tensor([0, 1, 2, 0])).backward()
     optimizer.step()
@@ -248,11 +252,11 @@ def test_closed_form_gradient_on_4bit_layers(norm):
     same([b - f.detach() for b, f in zip(before, factors, strict=True)], want)
 
 
-@pytest.mark.parametrize("weighting", ["uniform", "share"])
+@pytest.mark.parametrize("weighting", ["uniform", "importance"])
 @pytest.mark.parametrize("coupling", ["loss", "decoupled"])
 def test_without_shrinkage_it_is_plain_adamw_to_the_bit(weighting, coupling):
     data = batches(20)
-    config = FWLoraConfig(warmup=5, shrinkage=0.0, weighting=weighting, coupling=coupling)
+    config = FWLoraConfig(warmup_steps=5, penalty_strength=0.0, weighting=weighting, penalty_mode=coupling)
     model = net("linear")
     train(model, data, config)
     plain = net("linear")
@@ -272,18 +276,20 @@ def oracle(model, data, config, lr=1e-2, decay=0.01):
     weights = None
     for step, (x, y) in enumerate(data):
         loss = cross_entropy(model(x), y)
-        if step < config.warmup:
+        if step < config.warmup_steps:
             grads = frozen_gradients(model, lambda m, x=x, y=y: cross_entropy(m(x), y))
             values = {n: float(g.square().sum()) for n, g in grads.items()}
-            if config.averaging == "share":
+            if config.averaging == "normalized":
                 values = {n: v / sum(values.values()) for n, v in values.items()}
-            fisher = {n: config.ema * f + (1 - config.ema) * values[n] for n, f in fisher.items()}
+            fisher = {
+                n: config.fisher_ema_decay * f + (1 - config.fisher_ema_decay) * values[n] for n, f in fisher.items()
+            }
             loss.backward()
         else:
             if weights is None:
                 weights = {n: 1 - f / sum(fisher.values()) for n, f in fisher.items()}
-            penalty = config.shrinkage * penalty_by_autograd(model, weights, config.norm)
-            if config.coupling == "loss":
+            penalty = config.penalty_strength * penalty_by_autograd(model, weights, config.penalty_norm)
+            if config.penalty_mode == "loss":
                 (loss + penalty).backward()
             else:
                 factors = [p for n, p in model.named_parameters() if "lora_" in n and p.requires_grad]
@@ -302,7 +308,9 @@ def oracle(model, data, config, lr=1e-2, decay=0.01):
 @pytest.mark.parametrize("norm", ["update", "factors"])
 def test_100_steps_equal_the_naive_oracle(kind, coupling, norm):
     data = batches(100)
-    config = FWLoraConfig(warmup=30, ema=0.9, shrinkage=0.05, coupling=coupling, norm=norm)
+    config = FWLoraConfig(
+        warmup_steps=30, fisher_ema_decay=0.9, penalty_strength=0.05, penalty_mode=coupling, penalty_norm=norm
+    )
     naive = net(kind)
     weights = oracle(naive, data, config)
     ours = net(kind)
@@ -310,13 +318,13 @@ def test_100_steps_equal_the_naive_oracle(kind, coupling, norm):
     assert handle.weights() == pytest.approx(weights, rel=1e-9)
     same(parameters(ours), parameters(naive), rtol=1e-7, atol=1e-9)
     plain = net(kind)
-    oracle(plain, data, FWLoraConfig(warmup=30, shrinkage=0.0))
+    oracle(plain, data, FWLoraConfig(warmup_steps=30, penalty_strength=0.0))
     assert (parameters(plain)[0] - parameters(naive)[0]).abs().max() > 1e-3, "the penalty matters here"
 
 
 def test_shares_are_averaged_like_the_oracle():
     data = batches(20)
-    config = FWLoraConfig(warmup=10, ema=0.8, averaging="share")
+    config = FWLoraConfig(warmup_steps=10, fisher_ema_decay=0.8, averaging="normalized")
     weights = oracle(net("linear"), data, config)
     assert train(net("linear"), data, config).weights() == pytest.approx(weights, rel=1e-9)
 
@@ -324,8 +332,8 @@ def test_shares_are_averaged_like_the_oracle():
 def test_the_penalty_shrinks():
     data = batches(60)
     free, shrunk = net("linear"), net("linear")
-    loose = train(free, data, FWLoraConfig(warmup=5, shrinkage=0.0))
-    tight = train(shrunk, data, FWLoraConfig(warmup=5, shrinkage=0.5))
+    loose = train(free, data, FWLoraConfig(warmup_steps=5, penalty_strength=0.0))
+    tight = train(shrunk, data, FWLoraConfig(warmup_steps=5, penalty_strength=0.5))
     for name, norm in tight.update_norms().items():
         assert norm < 0.5 * loose.update_norms()[name]
 
@@ -339,7 +347,7 @@ def test_update_norms_is_the_norm_of_the_change():
 
 def test_a_changed_scale_is_followed():
     model = net("linear")
-    handle = train(model, batches(2), FWLoraConfig(warmup=2, shrinkage=1.0))
+    handle = train(model, batches(2), FWLoraConfig(warmup_steps=2, penalty_strength=1.0))
     before = float(handle.penalty())
     for m in layers(model).values():
         m.scaling["default"] *= 2
@@ -351,7 +359,7 @@ def test_a_changed_scale_is_followed():
 
 def test_accumulation_is_one_larger_batch():
     data = batches(12)
-    config = FWLoraConfig(warmup=6, shrinkage=0.05)
+    config = FWLoraConfig(warmup_steps=6, penalty_strength=0.05)
     whole, parts = net("linear"), net("linear")
     train(whole, data, config)
     train(parts, data, config, micro=2)
@@ -363,7 +371,7 @@ def test_only_active_trainable_adapters_are_touched():
     model.add_adapter("other", LoraConfig(r=2, target_modules=["first"]))
     model = model.double()
     other = {n: p.detach().clone() for n, p in model.named_parameters() if ".other." in n}
-    handle = train(model, batches(4), FWLoraConfig(warmup=2, shrinkage=0.5))
+    handle = train(model, batches(4), FWLoraConfig(warmup_steps=2, penalty_strength=0.5))
     assert [p.adapter for t in handle.targets for p in t.pairs] == ["default", "default"]
     for n, p in model.named_parameters():
         if ".other." in n:
@@ -378,7 +386,7 @@ def test_two_active_adapters_share_the_weight_of_their_matrix():
     model.add_adapter("other", LoraConfig(r=3, lora_alpha=6, target_modules=["first"]))
     model = model.double()
     model.base_model.set_adapter(["default", "other"])
-    handle = train(model, batches(3), FWLoraConfig(warmup=2, shrinkage=0.5))
+    handle = train(model, batches(3), FWLoraConfig(warmup_steps=2, penalty_strength=0.5))
     assert handle.names == ["first", "second"]
     first = layers(model)["first"]
     want = sum(
@@ -396,7 +404,7 @@ def test_shared_factors_get_both_terms():
     la.lora_B["default"].weight.data.normal_()
     del model
     optimizer = torch.optim.SGD(trainable(one), lr=1.0)
-    handle = fwlora.attach(one, optimizer, FWLoraConfig(warmup=1, shrinkage=1.0, weighting="uniform"))
+    handle = fwlora.attach(one, optimizer, FWLoraConfig(warmup_steps=1, penalty_strength=1.0, weighting="uniform"))
     one(torch.randn(3, 4, dtype=torch.float64)).sum().backward()
     optimizer.step()
     optimizer.zero_grad()
@@ -421,7 +429,7 @@ class Twice(nn.Module):
 def test_bf16_adapters_are_shrunk_in_fp32():
     model = lora_net("linear", dtype=torch.bfloat16)
     optimizer = torch.optim.SGD(trainable(model), lr=1.0)
-    handle = fwlora.attach(model, optimizer, FWLoraConfig(warmup=1, shrinkage=0.5))
+    handle = fwlora.attach(model, optimizer, FWLoraConfig(warmup_steps=1, penalty_strength=0.5))
     x, y = batches(1, dtype=torch.bfloat16)[0]
     cross_entropy(model(x).float(), y).backward()
     optimizer.step()
@@ -441,7 +449,7 @@ def test_bf16_adapters_are_shrunk_in_fp32():
 @pytest.mark.parametrize("coupling", ["loss", "decoupled"])
 def test_grad_scaler_changes_nothing(fused, unscale, coupling):
     data = batches(12, dtype=torch.float32)
-    config = FWLoraConfig(warmup=6, shrinkage=0.05, coupling=coupling)
+    config = FWLoraConfig(warmup_steps=6, penalty_strength=0.05, penalty_mode=coupling)
 
     def run(scaled: bool):
         model = lora_net("linear", dtype=torch.float32)
@@ -469,7 +477,7 @@ def test_a_step_that_overflows_leaves_no_trace(fused, phase):
     """The batch whose gradients overflow counts neither for F nor for the parameters."""
     data = batches(10, dtype=torch.float32)
     bad = 2 if phase == "warmup" else 7
-    config = FWLoraConfig(warmup=5, shrinkage=0.05, coupling="decoupled")
+    config = FWLoraConfig(warmup_steps=5, penalty_strength=0.05, penalty_mode="decoupled")
 
     def run(overflow: bool):
         model = lora_net("linear", dtype=torch.float32)
@@ -498,7 +506,7 @@ def test_a_step_that_overflows_leaves_no_trace(fused, phase):
 def test_non_finite_steps_are_reported_and_never_averaged():
     model = net("linear")
     optimizer = torch.optim.SGD(trainable(model), lr=0.0)
-    handle = fwlora.attach(model, optimizer, FWLoraConfig(warmup=4, ema=0.5))
+    handle = fwlora.attach(model, optimizer, FWLoraConfig(warmup_steps=4, fisher_ema_decay=0.5))
     with pytest.warns(UserWarning, match="1 of the 4 warm-up steps had a gradient that was not finite"):
         for i, (x, y) in enumerate(batches(4)):
             loss = cross_entropy(model(x), y)
@@ -513,7 +521,7 @@ def test_non_finite_steps_are_reported_and_never_averaged():
 
 def test_schedulers_and_clipping():
     data = batches(10)
-    config = FWLoraConfig(warmup=4, shrinkage=0.1)
+    config = FWLoraConfig(warmup_steps=4, penalty_strength=0.1)
 
     def run(attach: bool):
         model = net("linear")
@@ -532,7 +540,7 @@ def test_schedulers_and_clipping():
         return handle, deltas
 
     handle, deltas = run(True)
-    assert handle is not None and handle.phase == "shrink"
+    assert handle is not None and handle.phase == "penalty"
     assert max(deltas[:4]) <= 1e-3 < min(deltas[4:]), "the penalty comes after clipping"
 
 
@@ -541,18 +549,18 @@ def test_accelerators_wrapper_is_looked_through():
     accelerator = accelerate.Accelerator(cpu=True)
     model = lora_net("linear", dtype=torch.float32)
     model, optimizer = accelerator.prepare(model, torch.optim.AdamW(trainable(model), lr=1e-2))
-    handle = fwlora.attach(model, optimizer, FWLoraConfig(warmup=2))
+    handle = fwlora.attach(model, optimizer, FWLoraConfig(warmup_steps=2))
     for x, y in batches(4, dtype=torch.float32):
         accelerator.backward(cross_entropy(model(x), y))
         optimizer.step()
         optimizer.zero_grad()
-    assert handle.phase == "shrink" and handle.step == 4
+    assert handle.phase == "penalty" and handle.step == 4
 
 
 @pytest.mark.parametrize("stop", [3, 8])
 def test_state_dict_resumes_exactly(stop):
     data = batches(14)
-    config = FWLoraConfig(warmup=6, shrinkage=0.1, estimator="sketch")
+    config = FWLoraConfig(warmup_steps=6, penalty_strength=0.1, estimator="sketch")
     whole = net("linear")
     train(whole, data, config)
 
@@ -697,14 +705,14 @@ def test_refuses_closures(style):
 @pytest.mark.parametrize(("warmup", "total"), [(500, 267), (267, 267)])
 def test_refuses_a_warmup_that_fills_the_run(warmup, total):
     error(
-        lambda: attach_to(net("linear"), FWLoraConfig(warmup=warmup), total_steps=total),
+        lambda: attach_to(net("linear"), FWLoraConfig(warmup_steps=warmup), total_steps=total),
         "leaves no step to shrink in: the run has only 267.*0.25",
     )
 
 
 def test_a_fraction_needs_the_number_of_steps():
-    error(lambda: attach_to(net("linear"), FWLoraConfig(warmup=0.25)), "pass total_steps")
-    handle = attach_to(net("linear"), FWLoraConfig(warmup=0.25), total_steps=100)
+    error(lambda: attach_to(net("linear"), FWLoraConfig(warmup_steps=0.25)), "pass total_steps")
+    handle = attach_to(net("linear"), FWLoraConfig(warmup_steps=0.25), total_steps=100)
     assert handle.warmup_steps == 25
 
 
@@ -728,11 +736,14 @@ def test_refuses_the_adapter_estimator_with_b_frozen():
 @pytest.mark.parametrize(
     "bad",
     [
-        {"warmup": 0}, {"warmup": -1}, {"warmup": 1.0}, {"warmup": 0.0}, {"warmup": float("nan")},
-        {"ema": 1.0}, {"ema": -0.1}, {"estimator": "exakt"}, {"every": 0}, {"start": -1},
-        {"start": 500}, {"sketch_columns": 0}, {"averaging": "mean"}, {"weighting": "shares"},
-        {"gamma": -1.0}, {"gamma": float("inf")}, {"clip": 0.5}, {"shrinkage": -1e-4},
-        {"shrinkage": float("nan")}, {"coupling": "both"}, {"norm": "nuclear"},
+        {"warmup_steps": 0}, {"warmup_steps": -1}, {"warmup_steps": 1.0}, {"warmup_steps": 0.0},
+        {"warmup_steps": float("nan")},
+        {"fisher_ema_decay": 1.0}, {"fisher_ema_decay": -0.1}, {"estimator": "exakt"}, 
+        {"fisher_interval": 0}, {"fisher_start": -1},
+        {"fisher_start": 500}, {"sketch_columns": 0}, {"averaging": "mean"}, {"weighting": "shares"},
+        {"gamma": -1.0}, {"gamma": float("inf")},
+        {"max_weight_ratio": 0.5}, {"penalty_strength": -1e-4},
+        {"penalty_strength": float("nan")}, {"penalty_mode": "both"}, {"penalty_norm": "nuclear"},
     ],
 )  # fmt: skip
 def test_config_names_the_setting_that_is_wrong(bad):
@@ -742,7 +753,7 @@ def test_config_names_the_setting_that_is_wrong(bad):
 def test_no_gradient_at_all_is_said():
     model = net("linear")
     optimizer = torch.optim.AdamW(trainable(model))
-    fwlora.attach(model, optimizer, FWLoraConfig(warmup=1))
+    fwlora.attach(model, optimizer, FWLoraConfig(warmup_steps=1))
     with pytest.raises(RuntimeError, match="no gradient reached a frozen matrix"):
         optimizer.step()
 
@@ -754,12 +765,33 @@ def test_importance_before_the_first_step_is_said():
 
 def test_defaults_are_the_request():
     c = FWLoraConfig()
-    assert (c.warmup, c.ema, c.estimator, c.weighting, c.shrinkage) == (
+    assert (c.warmup_steps, c.fisher_ema_decay, c.estimator, c.weighting, c.penalty_strength) == (
         500,
         0.98,
         "exact",
-        "share",
+        "importance",
         1e-4,
     )
-    assert (c.coupling, c.norm, c.averaging, c.every) == ("loss", "update", "raw", 1)
+    assert (c.penalty_mode, c.penalty_norm, c.averaging, c.fisher_interval) == ("loss", "update", "raw", 1)
     assert D_IN != HIDDEN, "matrices of different shapes, or a swapped transpose would pass"
+
+
+def test_former_names_are_read_with_one_warning_each():
+    with pytest.warns(FutureWarning, match="shrinkage is now called penalty_strength"):
+        config = FWLoraConfig(shrinkage=0.3)
+    assert config == FWLoraConfig(penalty_strength=0.3)
+    old = dict(
+        lambda_fw=0.2, warmup=7, fisher_alpha=0.5, every=2, start=1, clip=3.0, coupling="decoupled", norm="factors"
+    )
+    with pytest.warns(FutureWarning) as caught:
+        config = FWLoraConfig(**old, averaging="share", weighting="share")
+    assert len(caught) == len(old) + 2
+    new = dict(penalty_strength=0.2, warmup_steps=7, fisher_ema_decay=0.5, fisher_interval=2, fisher_start=1)
+    new |= dict(max_weight_ratio=3.0, penalty_mode="decoupled", penalty_norm="factors")
+    assert config == FWLoraConfig(**new, averaging="normalized", weighting="importance")
+    with pytest.warns(FutureWarning):
+        assert config.ema == 0.5
+    with pytest.raises(TypeError, match="penalty_strength twice"):
+        FWLoraConfig(shrinkage=0.1, penalty_strength=0.1)
+    with pytest.raises(AttributeError, match="shrinking"):
+        config.shrinking  # noqa: B018

@@ -30,8 +30,8 @@ SLIPS = {
     ),
     "s² dropped": (
         "method",
-        'if self.config.norm == "update":',
-        'if self.config.norm == "nothing":',
+        'if self.config.penalty_norm == "update":',
+        'if self.config.penalty_norm == "nothing":',
         lambda: test_method.test_closed_form_gradient_is_autograds("rank_pattern", "update"),
     ),
     "s instead of s²": (
@@ -60,8 +60,8 @@ SLIPS = {
     ),
     "the two halves of the average swapped": (
         "estimators",
-        "ema * fisher + (1.0 - ema) * step",
-        "(1.0 - ema) * fisher + ema * step",
+        "decay * fisher + (1.0 - decay) * step",
+        "(1.0 - decay) * fisher + decay * step",
         lambda: test_tensor_functions.test_update_average_by_hand("raw", [1.1, 1.9]),
     ),
     "G and X swapped": (

@@ -93,7 +93,7 @@ def test_half_precision_is_squared_in_fp32():
     assert torch.isfinite(estimators.per_example_energy(big, big))
 
 
-@pytest.mark.parametrize(("averaging", "want"), [("raw", [1.1, 1.9]), ("share", [0.9 + 0.2 / 3, 1.8 + 0.1 / 3])])
+@pytest.mark.parametrize(("averaging", "want"), [("raw", [1.1, 1.9]), ("normalized", [0.9 + 0.2 / 3, 1.8 + 0.1 / 3])])
 def test_update_average_by_hand(averaging, want):
     start, step = torch.tensor([1.0, 2.0], dtype=F64), torch.tensor([2.0, 1.0], dtype=F64)
     got, counted = estimators.update_average(start, step, 0.9, averaging)
@@ -101,7 +101,7 @@ def test_update_average_by_hand(averaging, want):
     assert bool(counted)
 
 
-@pytest.mark.parametrize("averaging", ["raw", "share"])
+@pytest.mark.parametrize("averaging", ["raw", "normalized"])
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 def test_non_finite_step_is_left_out(averaging, bad):
     start = torch.tensor([1.0, 2.0])
@@ -115,18 +115,18 @@ FISHER = torch.tensor([4.0, 1.0, 3.0, 2.0], dtype=F64)
 
 
 @pytest.mark.parametrize(
-    ("weighting", "want"),
+    ("name", "want"),
     [
-        ("share", [0.6, 0.9, 0.7, 0.8]),
+        ("importance", [0.6, 0.9, 0.7, 0.8]),
         ("uniform", [1.0, 1.0, 1.0, 1.0]),
         ("rank", [0.0, 0.75, 0.25, 0.5]),
         ("power", [(2.5 / 4) ** 0.5, 1.5, (2.5 / 3) ** 0.5, (2.5 / 2) ** 0.5]),
     ],
 )
-def test_weights_by_hand(weighting, want):
-    got = weighting.penalty_weights(FISHER, weighting, gamma=0.5, clip=1.5)
+def test_weights_by_hand(name, want):
+    got = weighting.penalty_weights(FISHER, name, gamma=0.5, max_weight_ratio=1.5)
     exact_close(got, torch.tensor(want, dtype=F64))
-    normal = weighting.penalty_weights(FISHER, weighting, gamma=0.5, clip=1.5, normalize=True)
+    normal = weighting.penalty_weights(FISHER, name, gamma=0.5, max_weight_ratio=1.5, normalize=True)
     exact_close(normal.mean(), torch.tensor(1.0, dtype=F64))
     exact_close(normal / normal[1], got / got[1])
 
@@ -142,7 +142,7 @@ def test_rank_shares_ties():
 
 def test_permuted_shuffles_by_seed():
     fisher_values = torch.rand(50, dtype=F64)
-    share = weighting.penalty_weights(fisher_values, "share")
+    share = weighting.penalty_weights(fisher_values, "importance")
     one = weighting.penalty_weights(fisher_values, "permuted", seed=1)
     assert torch.equal(one, weighting.penalty_weights(fisher_values, "permuted", seed=1))
     assert not torch.equal(one, weighting.penalty_weights(fisher_values, "permuted", seed=2))
@@ -151,7 +151,7 @@ def test_permuted_shuffles_by_seed():
 
 
 def test_power_survives_a_matrix_without_gradient():
-    got = weighting.penalty_weights(torch.tensor([0.0, 1.0]), "power", clip=4.0)
+    got = weighting.penalty_weights(torch.tensor([0.0, 1.0]), "power", max_weight_ratio=4.0)
     assert_close(got[0], torch.tensor(4.0))
 
 

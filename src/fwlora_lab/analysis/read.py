@@ -161,10 +161,10 @@ def _derived_plan(found: Sequence[Record]) -> StudyPlan:
         if budget is None:  # no run of it came so far as to count parameters: it stands with its task's others
             known = [b for other, b in budgets.items() if b is not None and tasks[other] == tasks[run_id]]
             budgets[run_id] = min(known, default=0.0)
-    places = Counter((tasks[r], budgets[r], records[0].arm) for r, records in runs.items())
+    places = Counter((tasks[r], budgets[r], records[0].method) for r, records in runs.items())
     cells = []
     for run_id, records in runs.items():
-        task, budget, arm = tasks[run_id], budgets[run_id] or 0.0, records[0].arm
+        task, budget, arm = tasks[run_id], budgets[run_id] or 0.0, records[0].method
         method = arm if places[task, budget, arm] == 1 else run_id
         cells.append(StudyCell(task=task, budget=budget, method=method, run_id=run_id))
     order = {"lora": 0, "adalora": 1, "fw_lora": 2}
@@ -176,7 +176,7 @@ def _derived_plan(found: Sequence[Record]) -> StudyPlan:
         tasks=list(dict.fromkeys(c.task for c in cells)),
         budgets=sorted({c.budget for c in cells}),
         methods=dict.fromkeys(methods, ""),
-        reference=next((c.method for c in cells if runs[c.run_id][0].arm == "lora"), methods[0]),
+        reference=next((c.method for c in cells if runs[c.run_id][0].method == "lora"), methods[0]),
         seeds=sorted({r.seed for r in found}),
         selection={},
         cells=cells,

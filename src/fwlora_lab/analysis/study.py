@@ -190,7 +190,7 @@ def _doubts(study: StudyResults) -> list[str]:
     out = []
     on_selection = sorted({r.run_id for r in study.done if r.evaluated_on != "dev"})
     if on_selection:
-        out.append(f"Scored on the selection split, not on dev: {', '.join(on_selection)}.")
+        out.append(f"Scored on the validation split, not on dev: {', '.join(on_selection)}.")
     dirty = [r for r in study.done if r.git_commit and r.git_commit.endswith("-dirty")]
     if dirty:
         out.append(f"{len(dirty)} of {len(study.done)} runs were made from source with uncommitted changes.")

@@ -314,13 +314,13 @@ def _seconds(record: Record) -> dict[str, float]:
         "eval_seconds": times.eval_seconds,
     }
     steps = 0
-    if times.fisher_seconds > 0:
+    if times.warmup_seconds > 0:
         warmup = record.config["fw_lora"]["warmup_steps"]
         steps = warmup if isinstance(warmup, int) else max(1, round(warmup * record.total_steps))
     if 0 <= steps < record.steps:
         steady = times.steady_seconds / (record.steps - steps)
         seconds["steady_step_seconds"] = steady
-        seconds["fisher_step_seconds"] = times.fisher_seconds / steps if steps else steady
+        seconds["fisher_step_seconds"] = times.warmup_seconds / steps if steps else steady
     return {name: value for name, value in seconds.items() if value > 0}
 
 

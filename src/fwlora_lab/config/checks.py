@@ -27,14 +27,14 @@ def ignored_keys(cfg: RunConfig) -> list[tuple[str, str]]:
         found.extend((key, why) for key in keys)
 
     fw, data = cfg.fw_lora, cfg.dataset
-    ignore((k for k in LEAVES if not reads(cfg.arm, k)), f"method is {cfg.method}")
-    if cfg.arm == "fw_lora":
+    ignore((k for k in LEAVES if not reads(cfg.method_name, k)), f"method is {cfg.method}")
+    if cfg.method_name == "fw_lora":
         if fw.weighting != "power":
-            ignore(["fw_lora.gamma", "fw_lora.clip"], f"fw_lora.weighting is {fw.weighting}, not power")
+            ignore(["fw_lora.gamma", "fw_lora.max_weight_ratio"], f"fw_lora.weighting is {fw.weighting}, not power")
         if fw.estimator != "sketch":
             ignore(["fw_lora.sketch_columns"], f"fw_lora.estimator is {fw.estimator}, not sketch")
         if fw.estimator == "adapter":
-            ignore(["fw_lora.every"], "fw_lora.estimator is adapter, which is free at every step")
+            ignore(["fw_lora.fisher_interval"], "fw_lora.estimator is adapter, which is free at every step")
     if cfg.model.lora.rank is None:
         ignore(["model.lora.alpha"], "without a rank there is no alpha/rank; the scale is 2")
     if cfg.model.pretrained_id == "minilm":
@@ -74,7 +74,7 @@ def warnings_of(cfg: RunConfig) -> list[str]:
 def check_warmup(cfg: RunConfig, total_steps: int, train_examples: int | None = None) -> None:
     """Refuse a Fisher phase that would not end before the run does (K ≥ total optimiser steps)."""
     k = cfg.fw_lora.warmup_steps
-    if cfg.arm != "fw_lora":
+    if cfg.method_name != "fw_lora":
         return
     t = cfg.training
     examples = f"{train_examples} examples / " if train_examples is not None else ""
@@ -91,8 +91,8 @@ def check_warmup(cfg: RunConfig, total_steps: int, train_examples: int | None = 
             f"fw_lora.warmup_steps = {k} is not smaller than {run}: use "
             f"fw_lora.warmup_steps={max(1, total_steps // 4)} or a fraction such as 0.25"
         )
-    if cfg.fw_lora.start >= steps:
+    if cfg.fw_lora.fisher_start >= steps:
         raise UserError(
-            f"fw_lora.start = {cfg.fw_lora.start} leaves no step to watch: "
+            f"fw_lora.fisher_start = {cfg.fw_lora.fisher_start} leaves no step to watch: "
             f"fw_lora.warmup_steps = {k} ends the Fisher phase after {steps} of {run}; lower start"
         )

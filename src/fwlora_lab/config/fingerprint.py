@@ -6,6 +6,7 @@ import hashlib
 import json
 
 from fwlora_lab.config.checks import ignored_keys
+from fwlora_lab.config.former_names import with_stored_names
 from fwlora_lab.config.keys import set_key
 from fwlora_lab.config.schema import RunConfig
 
@@ -36,7 +37,7 @@ def fingerprint(cfg: RunConfig) -> str:
     known by its fingerprints, of config and data, and its seed), save_adapter, and every setting that this run ignores.
     """
     data = cfg.model_dump()
-    data["method"] = cfg.arm
+    data["method"] = cfg.method_name
     data["model"]["lora"]["alpha"] = cfg.model.lora.scale
     dropped = [*_NOT_IN_FINGERPRINT, *(key for key, _ in ignored_keys(cfg))]
     if cfg.model.lora.rank is not None:
@@ -46,5 +47,5 @@ def fingerprint(cfg: RunConfig) -> str:
             set_key(data, key, None)
     if cfg.training.engine == "peft":
         del data["training"]["engine"]  # records from before there was a choice stay what they are
-    text = json.dumps(data, sort_keys=True, ensure_ascii=True, allow_nan=False)
+    text = json.dumps(with_stored_names(data), sort_keys=True, ensure_ascii=True, allow_nan=False)
     return hashlib.sha256(text.encode()).hexdigest()

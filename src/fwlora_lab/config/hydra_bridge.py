@@ -25,6 +25,7 @@ from hydra.plugins.config_source import ConfigResult, ConfigSource
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from fwlora_lab.config.former_names import with_present_names
 from fwlora_lab.config.keys import schema_defaults
 from fwlora_lab.config.tree import CONF
 from fwlora_lab.config.yaml_reader import File, read_file
@@ -87,7 +88,7 @@ class RunTree(ConfigSource):
         return ConfigResult(
             provider=self.provider,
             path=self.full_path(),
-            config=OmegaConf.create(file.values),
+            config=OmegaConf.create(with_present_names(file.values, warn=True)),
             header=header,
         )
 

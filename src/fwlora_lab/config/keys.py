@@ -7,6 +7,7 @@ import types
 from collections.abc import Iterator
 from typing import Annotated, Any, Union, get_args, get_origin
 
+from fwlora_lab.config.former_names import present_key, present_leaf
 from fwlora_lab.config.schema import Block, RunConfig
 from fwlora_lab.errors import UserError
 from fwlora_lab.text import did_you_mean
@@ -71,6 +72,7 @@ def search_key(name: str) -> str:
     `batch_size` is `training.batch_size`, `lora_rank` is `model.lora.rank`; dotted keys stand
     for themselves. Raises UserError for names that mean no key or several.
     """
+    name = present_leaf(present_key(name))
     if name in _SEARCHED:
         return name
     if name.startswith("lora_") and f"model.lora.{name[5:]}" in _SEARCHED:

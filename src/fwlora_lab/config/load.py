@@ -16,6 +16,7 @@ from hydra.errors import HydraException
 
 from fwlora_lab.config.checks import warnings_of
 from fwlora_lab.config.faults import Issue
+from fwlora_lab.config.former_names import present_key, with_present_names
 from fwlora_lab.config.hydra_bridge import compose_run
 from fwlora_lab.config.keys import KEYS, get_key, nearest_key
 from fwlora_lab.config.schema import RunConfig
@@ -30,7 +31,7 @@ MAX_RUNS = 1_000
 
 def _parse_overrides(overrides: Sequence[str]) -> list[Override]:
     parsed = []
-    for text in overrides:
+    for text in map(_with_present_key, overrides):
         try:
             (override,) = OverridesParser.create().parse_overrides([text])
         except (HydraException, RecursionError) as error:
@@ -42,6 +43,12 @@ def _parse_overrides(overrides: Sequence[str]) -> list[Override]:
         _refuse_override(text, override)
         parsed.append(override)
     return parsed
+
+
+def _with_present_key(text: str) -> str:
+    """The override with the present name of its key: `fw_lora.lambda_fw=1e-4` -> `fw_lora.penalty_strength=1e-4`."""
+    mark, key, value = re.fullmatch(r"([+~]*)([^=]*)(.*)", text, re.DOTALL).groups()  # type: ignore[union-attr]
+    return f"{mark}{present_key(key, warn=True)}{value}"
 
 
 def _refuse_override(text: str, override: Override) -> None:
@@ -68,6 +75,7 @@ def load_run(run: str, overrides: Sequence[str] = (), config_dir: str | None = N
     UserError with every fault found.
     """
     file = find_run(run, config_dir)
+    overrides = [_with_present_key(text) for text in overrides]
     parsed = _parse_overrides(overrides)
     for override in parsed:
         if override.is_sweep_override():
@@ -75,17 +83,18 @@ def load_run(run: str, overrides: Sequence[str] = (), config_dir: str | None = N
                 f"override `{override.input_line}` is a sweep, which needs --multirun; a list goes in brackets, a=[b,c]"
             )
     source = read_file(file)  # first, so that its faults come with their lines
+    lines_of_keys = {present_key(key): line for key, line in source.lines.items()}
     # Every key of the schema is there from the start, so that `+key=` can only mean its value.
     lines = [
         f"+{text}" if o.is_add() and o.key_or_group in KEYS else text for text, o in zip(overrides, parsed, strict=True)
     ]
-    data = compose_run(file, lines)
+    data = with_present_names(compose_run(file, lines), warn=True)
     given = {o.key_or_group: o.input_line for o in parsed}
     try:
         return validate_run(data)
     except InvalidRun as error:
         issues = _faults_of(data, error.issues)
-        raise UserError(listing([f"{_place(file, source.lines, given, i.key)}{i.text}" for i in issues])) from None
+        raise UserError(listing([f"{_place(file, lines_of_keys, given, i.key)}{i.text}" for i in issues])) from None
 
 
 def _faults_of(data: dict[str, Any], issues: list[Issue]) -> list[Issue]:

@@ -7,13 +7,15 @@ from __future__ import annotations
 
 import re
 import unicodedata
-from typing import Annotated, Literal
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 from fwlora_lab.catalog.methods import METHODS, MethodName
 from fwlora_lab.catalog.tasks import GLUE_DEV_SPLITS, GLUE_SUBSETS
 from fwlora_lab.config.faults import Faults, Issue
+from fwlora_lab.config.former_names import with_present_names
 from fwlora_lab.text import did_you_mean
 
 
@@ -117,12 +119,12 @@ class DatasetConfig(Block):
     text_column: Text | list[Text] | None = None
     label_column: Text | None = None
     train_examples: Annotated[int, Field(ge=2)] | None = None
-    selection_fraction: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    validation_fraction: Annotated[float, Field(ge=0, lt=1)] = 0.0
     seed: Seed = 0
 
 
 class TrainingConfig(Block):
-    """The loop. `evaluate_on` is `selection` while tuning, `dev` for what is reported.
+    """The loop. `evaluate_on` is `validation` while tuning, `dev` for what is reported.
 
     `engine` trains a run in a lane of a shared backbone on packed batches, several runs at once (`lanes`), or with
     PEFT's layers, padded batches and one model a run (`peft`), as the public reference and where lanes do not know
@@ -141,7 +143,7 @@ class TrainingConfig(Block):
     mixed_precision: Precision = "bf16"
     max_grad_norm: Annotated[float, Field(gt=0)] | None = 1.0
     seed: Seed = 42
-    evaluate_on: Literal["dev", "selection"] = "dev"
+    evaluate_on: Literal["dev", "validation"] = "dev"
     save_adapter: bool = True
     engine: Literal["lanes", "peft"] = "lanes"
 
@@ -149,20 +151,20 @@ class TrainingConfig(Block):
 class FWLoraSettings(Block):
     """λ, K (steps, or a fraction of the run), the EMA factor, the rest as in `FWLoraConfig`."""
 
-    lambda_fw: Annotated[float, Field(ge=0)] = 1e-4
+    penalty_strength: Annotated[float, Field(ge=0)] = 1e-4
     warmup_steps: Annotated[int | float, AfterValidator(_warmup_steps)] = 500
-    fisher_alpha: Annotated[float, Field(ge=0, lt=1)] = 0.98
+    fisher_ema_decay: Annotated[float, Field(ge=0, lt=1)] = 0.98
     estimator: Literal["exact", "sketch", "adapter", "per_example"] = "exact"
-    every: Positive = 1
+    fisher_interval: Positive = 1
     sketch_columns: Positive = 4
-    averaging: Literal["raw", "share"] = "raw"
-    weighting: Literal["share", "uniform", "rank", "power", "permuted"] = "share"
+    averaging: Literal["raw", "normalized"] = "raw"
+    weighting: Literal["importance", "uniform", "rank", "power", "permuted"] = "importance"
     gamma: Annotated[float, Field(ge=0)] = 0.5
-    clip: Annotated[float, Field(ge=1)] = 4.0
+    max_weight_ratio: Annotated[float, Field(ge=1)] = 4.0
     normalize_weights: bool = False
-    coupling: Literal["loss", "decoupled"] = "loss"
-    norm: Literal["update", "factors"] = "update"
-    start: Annotated[int, Field(ge=0)] = 0
+    penalty_mode: Literal["loss", "decoupled"] = "loss"
+    penalty_norm: Literal["update", "factors"] = "update"
+    fisher_start: Annotated[int, Field(ge=0)] = 0
 
 
 class AdaLoraSettings(Block):
@@ -290,9 +292,14 @@ class RunConfig(Block):
     results_dir: Text = "results"
 
     @property
-    def arm(self) -> MethodName:
+    def method_name(self) -> MethodName:
         """The method under its one short name."""
         return METHODS[self.method]
+
+    @model_validator(mode="before")
+    @classmethod
+    def _former_names(cls, data: Any) -> Any:
+        return with_present_names(data) if isinstance(data, Mapping) else data
 
     @model_validator(mode="after")
     def _combinations(self) -> RunConfig:
@@ -357,16 +364,16 @@ def _impossible(cfg: RunConfig) -> list[Issue]:
             fault("dataset.text_column", "name one column, or a list of two different ones")
         if data.label_column is not None and data.label_column in texts:
             fault("dataset.label_column", f"{data.label_column!r} is a text column: name another")
-    if cfg.training.evaluate_on == "selection" and data.selection_fraction == 0:
+    if cfg.training.evaluate_on == "validation" and data.validation_fraction == 0:
         fault(
             "training.evaluate_on",
-            "selection needs a part of train to score on: set dataset.selection_fraction=0.1",
+            "validation needs a part of train to score on: set dataset.validation_fraction=0.1",
         )
     fw = cfg.fw_lora
-    if cfg.arm == "fw_lora" and isinstance(fw.warmup_steps, int) and fw.start >= fw.warmup_steps:
+    if cfg.method_name == "fw_lora" and isinstance(fw.warmup_steps, int) and fw.fisher_start >= fw.warmup_steps:
         fault(
-            "fw_lora.start",
-            f"{fw.start} leaves no step to watch before fw_lora.warmup_steps = {fw.warmup_steps}: "
+            "fw_lora.fisher_start",
+            f"{fw.fisher_start} leaves no step to watch before fw_lora.warmup_steps = {fw.warmup_steps}: "
             "lower it, or watch longer",
         )
     return issues

@@ -9,6 +9,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from fwlora_lab.config.faults import Issue
+from fwlora_lab.config.former_names import present_key
 from fwlora_lab.config.issues import issues_of
 from fwlora_lab.config.keys import set_key
 from fwlora_lab.config.schema import RunConfig
@@ -44,7 +45,7 @@ def with_values(cfg: RunConfig, values: Mapping[str, Any]) -> RunConfig:
     """The config with other values under some of its keys; a UserError that names every one that does not go."""
     data = json.loads(json.dumps(cfg.model_dump()))
     for key, value in values.items():
-        set_key(data, key, value)
+        set_key(data, present_key(key), value)
     try:
         return validate_run(data)
     except InvalidRun as error:

@@ -25,9 +25,9 @@ if TYPE_CHECKING:
 
 
 def load_task(cfg: DatasetConfig) -> TaskData:
-    """Read a dataset, carve the selection split from train, and subsample train.
+    """Read a dataset, carve the validation split from train, and subsample train.
 
-    Both are drawn from `cfg.seed` alone: first `selection_fraction` of train (per class, for
+    Both are drawn from `cfg.seed` alone: first `validation_fraction` of train (per class, for
     classification), then `train_examples` of what is left, in the file's order. The first n
     examples drawn are among the first m > n. dev is never touched.
 
@@ -39,30 +39,30 @@ def load_task(cfg: DatasetConfig) -> TaskData:
         spec, train, dev, source = load_offline(cfg)
     else:
         spec, train, dev, source = load_files(cfg)
-    train, selection = _carve(spec, train, cfg)
+    train, validation = _carve(spec, train, cfg)
     train = _subsample(train, cfg)
     if spec.kind == "classification" and len(set(train.labels.tolist())) < 2:
         name = spec.labels[int(train.labels[0])]
         raise UserError(
             f"{source}: all {len(train)} training examples have the label {name!r}, so there is "
             "nothing to learn; use data with two classes or more, or leave more of it for training "
-            "(dataset.train_examples, dataset.selection_fraction)"
+            "(dataset.train_examples, dataset.validation_fraction)"
         )
-    digest = _fingerprint(spec, {"train": train, "selection": selection, "dev": dev})
-    return TaskData(spec, train, selection, dev, digest, source)
+    digest = _fingerprint(spec, {"train": train, "selection": validation, "dev": dev})
+    return TaskData(spec, train, validation, dev, digest, source)
 
 
 def _carve(spec: TaskSpec, train: Examples, cfg: DatasetConfig) -> tuple[Examples, Examples]:
-    """(rest of train, selection), both in the file's order."""
+    """(rest of train, validation), both in the file's order."""
     n = len(train)
-    wanted = round(cfg.selection_fraction * n)
-    if cfg.selection_fraction == 0:
+    wanted = round(cfg.validation_fraction * n)
+    if cfg.validation_fraction == 0:
         return train, train.take(np.arange(0))
     if not 0 < wanted < n:
         raise UserError(
-            f"dataset.selection_fraction: {cfg.selection_fraction} of {n} training examples leaves "
-            f"{wanted} for selection and {n - wanted} for training; choose one that leaves both, "
-            "or 0 for no selection split"
+            f"dataset.validation_fraction: {cfg.validation_fraction} of {n} training examples leaves "
+            f"{wanted} for validation and {n - wanted} for training; choose one that leaves both, "
+            "or 0 for no validation split"
         )
     order = np.random.Generator(np.random.PCG64([cfg.seed, 0])).permutation(n)
     if spec.kind == "regression":
@@ -86,7 +86,7 @@ def _subsample(train: Examples, cfg: DatasetConfig) -> Examples:
     if not 0 < cfg.train_examples <= len(train):
         raise UserError(
             f"dataset.train_examples: {cfg.train_examples} asked for, but train holds {len(train)} "
-            "(after the selection split); ask for fewer, or null for all of them"
+            "(after the validation split); ask for fewer, or null for all of them"
         )
     order = np.random.Generator(np.random.PCG64([cfg.seed, 1])).permutation(len(train))
     return train.take(np.sort(order[: cfg.train_examples]))

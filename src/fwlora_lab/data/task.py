@@ -40,13 +40,13 @@ class Examples:
 class TaskData:
     """A task with its three disjoint splits.
 
-    `selection` is for tuning, `dev` only for reporting. `fingerprint` is the sha256 of every text
+    `validation` is for tuning, `dev` only for reporting. `fingerprint` is the sha256 of every text
     and label, in order, with the split it belongs to; `source` says to a human where they are from.
     """
 
     spec: TaskSpec
     train: Examples
-    selection: Examples
+    validation: Examples
     dev: Examples
     fingerprint: str
     source: str

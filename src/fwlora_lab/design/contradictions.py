@@ -195,7 +195,7 @@ def _steps(plan: DesignPlan) -> None:
         others = [s for s, pattern in DATA_SETS.items() if s != subset and _prose_datasets(plan).get(s)]
         for name in [subset, *others] if subset in GLUE_TRAIN else []:
             examples = GLUE_TRAIN[name]
-            limit, carved = draft.get("dataset.train_examples"), draft.get("dataset.selection_fraction")
+            limit, carved = draft.get("dataset.train_examples"), draft.get("dataset.validation_fraction")
             if isinstance(carved, int | float):
                 examples = round(examples * (1 - carved))
             if isinstance(limit, int):
@@ -246,7 +246,7 @@ def _splits(plan: DesignPlan) -> None:
     )
     for run_id, example in plan.request.examples.items():
         data = example.get("dataset")
-        if example_space(example) and isinstance(data, dict) and not data.get("selection_fraction"):
+        if example_space(example) and isinstance(data, dict) and not data.get("validation_fraction"):
             second = plan.request.place(*dev) if dev else plan.request.place(f"example:{run_id}.optuna")
             plan.contradict(
                 "one split",
@@ -256,11 +256,11 @@ def _splits(plan: DesignPlan) -> None:
                 second,
             )
     for draft in plan.drafts:
-        fraction = draft.values.get("dataset.selection_fraction")
+        fraction = draft.values.get("dataset.validation_fraction")
         if draft.search and fraction is not None and fraction.value == 0:
             plan.contradict(
                 "one split",
-                "a search without a selection split would be scored on what is reported",
+                "a search without a validation split would be scored on what is reported",
                 plan.request.place(fraction.place, fraction.value),
                 plan.request.place(next(iter(draft.search.values()))[2]),
             )

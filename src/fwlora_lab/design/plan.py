@@ -17,6 +17,7 @@ from pydantic import ValidationError
 from fwlora_lab.catalog.methods import MethodName
 from fwlora_lab.catalog.tasks import GLUE_SUBSETS
 from fwlora_lab.config.checks import reads
+from fwlora_lab.config.former_names import present_leaf, with_present_names
 from fwlora_lab.config.issues import issues_of
 from fwlora_lab.config.keys import KEYS, get_key, schema_defaults, search_key
 from fwlora_lab.config.schema import Dimension
@@ -88,7 +89,7 @@ _ALWAYS = (
             "gradient_accumulation_steps mixed_precision seed"
         ).split()
     ),
-    *(f"fw_lora.{k}" for k in ("lambda_fw", "warmup_steps", "fisher_alpha")),
+    *(f"fw_lora.{k}" for k in ("penalty_strength", "warmup_steps", "fisher_ema_decay")),
     *(f"adalora.{k}" for k in ("init_rank_factor", "tinit_ratio", "tfinal_ratio")),
 )
 _BLOCK_NOTE = {
@@ -429,7 +430,7 @@ class DesignPlan:
             draft.put("dataset.eval_split", dev, _BLOCK_NOTE["dataset"])
         if draft.search:
             note = "the search is scored on this part of train, never on the split that is reported"
-            draft.put("dataset.selection_fraction", 0.1, note)
+            draft.put("dataset.validation_fraction", 0.1, note)
         lanes = "several runs at once on one backbone, where it is a BERT or RoBERTa; dataset.padding changes nothing"
         draft.put("training.engine", get_key(_DEFAULTS, "training.engine"), lanes)
         for key in _ALWAYS:
@@ -466,7 +467,8 @@ class DesignPlan:
             notes["optuna.n_trials"] = self._note(draft.n_trials.note, draft.n_trials.place)
             notes["optuna.direction"] = "every metric here is better when it is larger"
             space = {}
-            for found, name, place in draft.search.values():
+            for found, given, place in draft.search.values():
+                name = present_leaf(given)
                 space[name] = found.dimension
                 notes[f"optuna.search_space.{name}.type"] = self._note(one_line(found.note), place)
             data["optuna"] = {"n_trials": draft.n_trials.value, "direction": "maximize", "search_space": space}
@@ -478,7 +480,7 @@ class DesignPlan:
                 value = draft.values.get(key)
                 origin = value.place if value is not None else ""
                 for _, name, place in draft.search.values():
-                    if key.startswith(f"optuna.search_space.{name}"):
+                    if key.startswith(f"optuna.search_space.{present_leaf(name)}"):
                         origin = place
                 where = f"{self.request.place(one_line(origin))}: " if origin else f"{self.request.source}: "
                 messages.append(f"{where}run {draft.run_id}: {one_line(key)}: {one_line(text, 400)}")
@@ -497,6 +499,6 @@ def example_space(example: Mapping[str, Any]) -> dict[str, Any]:
 
 def example_value(request: DesignRequest, run_id: str, key: str) -> Any:
     try:
-        return get_key(request.examples[run_id], key)
+        return get_key(with_present_names(request.examples[run_id]), key)
     except (KeyError, TypeError, IndexError):
         return None

@@ -25,9 +25,9 @@ _PROSE = {
     "training.optimizer": r"\b(AdamW)\b",
     "model.lora.dropout": rf"\bdropout\s*(?:of|=|:|≈)?\s*({NUMBER})",
     "dataset.max_length": r"\bmax(?:imum)?[ _-](?:sequence[ _-])?length\s*(?:of|=|:)?\s*(\d{1,6})\b",
-    "fw_lora.lambda_fw": rf"(?:λ|\blambda(?:_fw)?)\s*(?:≈|=|~|:)\s*({NUMBER})",
+    "fw_lora.penalty_strength": rf"(?:λ|\blambda(?:_fw)?)\s*(?:≈|=|~|:)\s*({NUMBER})",
     "fw_lora.warmup_steps": r"\bK\s*(?:≈|=|~)\s*(\d{1,7})\b",
-    "fw_lora.fisher_alpha": rf"\bfisher_alpha\s*=\s*({NUMBER})",
+    "fw_lora.fisher_ema_decay": rf"\bfisher_alpha\s*=\s*({NUMBER})",
 }
 _PERCENTAGES = re.compile(
     r"\bbudgets?\b[^.\n%]{0,60}?((?:\d{1,3}(?:\.\d{1,6})?\s?%[,;/\s]{0,3}(?:and\s)?){1,20})", re.I

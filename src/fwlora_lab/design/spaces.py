@@ -12,11 +12,12 @@ from fwlora_lab.errors import UserError
 from fwlora_lab.text import one_line
 
 NUMBER = r"[-+]?(?:\d{1,20}(?:\.\d{0,20})?|\.\d{1,20})(?:[eE][-+]?\d{1,4})?"
-_LOG = {"training.learning_rate", "fw_lora.lambda_fw", "adalora.orth_reg_weight"}
+_LOG = {"training.learning_rate", "fw_lora.penalty_strength", "adalora.orth_reg_weight"}
 _DISCRETE = {"training.batch_size", "model.lora.rank", "training.gradient_accumulation_steps", "model.lora.alpha"}
 _WHOLE = {
     "training.batch_size", "model.lora.rank", "training.epochs", "training.gradient_accumulation_steps",
-    "dataset.max_length", "fw_lora.every", "fw_lora.sketch_columns", "fw_lora.start", "adalora.delta_t",
+    "dataset.max_length", "fw_lora.fisher_interval", "fw_lora.sketch_columns", "fw_lora.fisher_start",
+    "adalora.delta_t",
     "training.seed", "dataset.seed", "dataset.train_examples",
 }  # fmt: skip
 _DASHES = "‐‑‒–—−"

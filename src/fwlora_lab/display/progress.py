@@ -44,7 +44,7 @@ class _Lines:
         match event:
             case RunStarted():
                 self.say(
-                    f"[{event.index + 1}/{event.of}] {name}: {event.arm}, {event.total_steps} steps in "
+                    f"[{event.index + 1}/{event.of}] {name}: {event.method}, {event.total_steps} steps in "
                     f"{event.epochs} epochs"
                 )
             case StepDone():

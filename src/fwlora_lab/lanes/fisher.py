@@ -122,8 +122,8 @@ class LaneFisher:
         fws = [lane.settings.fw for lane in lanes]
         ranks = layout.ranks_of(lanes)
         self._owned = ranks > 0
-        self._decay = column([fw.ema if fw else 0.0 for fw in fws])
-        self._normalized = column([bool(fw and fw.averaging == "share") for fw in fws], torch.bool)
+        self._decay = column([fw.fisher_ema_decay if fw else 0.0 for fw in fws])
+        self._normalized = column([bool(fw and fw.averaging == "normalized") for fw in fws], torch.bool)
         self._sketch_columns = column([fw.sketch_columns if fw else 1 for fw in fws])
         from_adapter = [bool(fw and fw.estimator == "adapter") for fw in fws]
         self._from_adapter, self._any_from_adapter = column(from_adapter, torch.bool), any(from_adapter)
@@ -148,7 +148,7 @@ class LaneFisher:
         # Steps that are not finite are left out and not counted: their update makes the lane NaN, so its run fails.
         raw, normalized = (
             estimators.update_average(buffers.fisher, squared, self._decay, averaging)[0]
-            for averaging in ("raw", "share")
+            for averaging in ("raw", "normalized")
         )
         averaged = torch.where(self._normalized, normalized, raw)
         buffers.fisher.copy_(torch.where(observed, averaged, buffers.fisher))

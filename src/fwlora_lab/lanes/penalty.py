@@ -27,10 +27,10 @@ class LanePenalty:
     def arrange(self, lanes: Sequence[Lane]) -> None:
         """Take over the settings of these lanes."""
         fws = [lane.settings.fw for lane in lanes]
-        in_loss = [not fw or fw.coupling == "loss" for fw in fws]
+        in_loss = [not fw or fw.penalty_mode == "loss" for fw in fws]
         self._in_loss = self._buffers.column(in_loss, torch.bool)[:, None, None]
         self._any_decoupled = not all(in_loss)
-        self._all_fusable = all(in_loss) and all(not fw or fw.norm == "update" for fw in fws)
+        self._all_fusable = all(in_loss) and all(not fw or fw.penalty_norm == "update" for fw in fws)
 
     def set_weights(self, row: int, lane: Lane) -> None:
         """Compute a lane's weights from its F, once, at the end of its warm-up; they stay for the rest of its run."""
@@ -43,14 +43,14 @@ class LanePenalty:
             buffers.fisher[row, own],
             fw.weighting,
             gamma=fw.gamma,
-            clip=fw.clip,
+            max_weight_ratio=fw.max_weight_ratio,
             normalize=fw.normalize_weights,
             seed=fw.seed,
         )
-        square = settings.scale**2 if fw.norm == "update" else 1.0
-        twice = 2.0 * fw.shrinkage * square * weights  # the gradient of ‖·‖² has a factor of 2, for A and B alike
+        square = settings.scale**2 if fw.penalty_norm == "update" else 1.0
+        twice = 2.0 * fw.penalty_strength * square * weights  # the gradient of ‖·‖² has a factor of 2, for A and B alike
         for numbers in (layout.number_of_a, layout.number_of_b):
-            buffers.coefficients[fw.norm][row, numbers[own]] = twice
+            buffers.coefficients[fw.penalty_norm][row, numbers[own]] = twice
         self.fused = self._is_fused_faster()
 
     def add_gradient(self, norm: str, factors: FactorStacks, learning_rate: Tensor) -> None:

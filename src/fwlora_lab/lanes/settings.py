@@ -100,7 +100,9 @@ class Lane:
             if self.step < ada.tinit:
                 return "initial"
             return "allocating" if self.step < ada.total_steps - ada.tfinal else "final"
-        return "fisher" if settings.fw and self.step < settings.warmup_steps else "steady"
+        if settings.fw is None:
+            return "training"
+        return "warmup" if self.step < settings.warmup_steps else "penalty"
 
     @property
     def is_observed(self) -> bool:
@@ -108,8 +110,8 @@ class Lane:
         fw = self.settings.fw
         if fw is None or self.step >= self.settings.warmup_steps:
             return False
-        since_start = self.step - fw.start
-        return since_start >= 0 and since_start % fw.every == 0
+        since_start = self.step - fw.fisher_start
+        return since_start >= 0 and since_start % fw.fisher_interval == 0
 
     @property
     def is_penalized(self) -> bool:

@@ -67,7 +67,7 @@ def plan_step(
 ) -> StepPlan:
     """Plan the next step of these lanes, which are all lanes of the engine."""
     observed = [e for e, lane in enumerate(lanes) if lane.is_observed]
-    norms = {lane.settings.fw.norm for lane in lanes if lane.settings.fw is not None and lane.is_penalized}
+    norms = {lane.settings.fw.penalty_norm for lane in lanes if lane.settings.fw is not None and lane.is_penalized}
     numbers = []
     for lane, learning_rate in zip(lanes, learning_rates, strict=True):
         limit = lane.settings.max_grad_norm

@@ -84,7 +84,7 @@ def plan_adapters(cfg: RunConfig, backbone: Backbone, total_steps: int) -> Adapt
             raise UserError(f"model.parameter_budget_percent={asked:g}: {error}") from error
         mean_rank = budget / unit
     plan = AdapterPlan(pattern, lora.scale, mean_rank, tuple(notes))
-    if cfg.arm == "adalora":
+    if cfg.method_name == "adalora":
         _allocation(cfg, plan, total_steps)
     return plan
 
@@ -111,7 +111,7 @@ class LoraMethod:
 
     def phase(self) -> str:
         """The part of the run that the next step belongs to; training time is counted by it."""
-        return "steady"
+        return "training"
 
     def learning_rate(self, step: int) -> float:
         """The learning rate of the step after `step` others."""
@@ -189,7 +189,7 @@ class FWLoraMethod(LoraMethod):
         self.handle.load_state_dict({**state, "step": step, "fisher": values})
 
     def phase(self) -> str:
-        return "fisher" if self.handle.phase == "warmup" else "steady"
+        return self.handle.phase
 
     def report(self) -> list[MatrixRow]:
         fisher, share = self.handle.fisher(), self.handle.importance()
@@ -298,35 +298,28 @@ def build_method(
         "modules_to_save": list(head_modules(model)),
     }
     torch.manual_seed(derive(seed, "adapters"))
-    if cfg.arm == "svd_lora":
+    if cfg.method_name == "svd_lora":
         return SvdLoraMethod(cfg, backbone, _svd_model(model, cfg, plan, common, device), total_steps)
-    if cfg.arm == "adalora":
+    if cfg.method_name == "adalora":
         allocation = _allocation(cfg, plan, total_steps)
         peft_model = _wrap(model, _adalora_config(cfg, plan, allocation, total_steps, common), device)
         _freeze_ranknum(peft_model)
         return AdaLoraMethod(cfg, backbone, peft_model, total_steps, allocation.final)
     peft_model = _wrap(model, LoraConfig(**common, **lora_kwargs(plan.pattern, plan.scale)), device)
-    if cfg.arm == "fw_lora":
+    if cfg.method_name == "fw_lora":
         return FWLoraMethod(cfg, backbone, peft_model, total_steps, seed)
     return LoraMethod(cfg, backbone, peft_model, total_steps)
 
 
 def fw_config(settings: FWLoraSettings, seed: int) -> fwlora.FWLoraConfig:
-    """The request's keys under the method's own names."""
-    own = settings.model_dump()
-    return fwlora.FWLoraConfig(
-        shrinkage=own.pop("lambda_fw"),
-        warmup=own.pop("warmup_steps"),
-        ema=own.pop("fisher_alpha"),
-        seed=seed,
-        **own,
-    )
+    """The method's own settings; a run config has them under the same names."""
+    return fwlora.FWLoraConfig(seed=seed, **settings.model_dump())
 
 
 def initial_ranks(cfg: RunConfig, backbone: Backbone, total_steps: int) -> dict[str, int]:
     """The rank that each adapted matrix begins with; AdaLoRA begins with more than it keeps."""
     plan = plan_adapters(cfg, backbone, total_steps)
-    if cfg.arm == "adalora":
+    if cfg.method_name == "adalora":
         return dict.fromkeys(plan.pattern, _allocation(cfg, plan, total_steps).initial)
     return {name: rank for name, rank in plan.pattern.items() if rank}
 

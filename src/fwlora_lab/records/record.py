@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from datetime import datetime
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, model_validator
+
+from fwlora_lab.config.former_names import with_present_names
 
 SCHEMA_VERSION = 1
 Status = Literal["missing", "complete", "failed", "different"]
@@ -77,7 +80,7 @@ class Times(RecordBlock):
     """
 
     train_seconds: float
-    fisher_seconds: float
+    warmup_seconds: float
     steady_seconds: float
     eval_seconds: float
     phases: dict[str, float]
@@ -101,7 +104,7 @@ class Record(RecordBlock):
     schema_version: Literal[1] = SCHEMA_VERSION
     run_id: str
     seed: int
-    arm: str
+    method: str
     status: Literal["complete", "failed"]
     error: Failure | None = None
     started: datetime
@@ -127,6 +130,26 @@ class Record(RecordBlock):
     peak_memory_bytes: int | None = None
     matrices: list[MatrixRow] = []
     warnings: list[str] = []
+
+    @model_validator(mode="before")
+    @classmethod
+    def _former_names(cls, data: Any) -> Any:
+        """Read what version 0.1 wrote under other names."""
+        if not isinstance(data, Mapping) or "arm" not in data:
+            return data
+        data = {("method" if key == "arm" else key): value for key, value in data.items()}
+        if data.get("evaluated_on") == "selection":
+            data["evaluated_on"] = "validation"
+        if isinstance(data.get("config"), Mapping):
+            data["config"] = with_present_names(data["config"])
+        if isinstance(data.get("times"), Mapping):
+            watches = data["method"] == "fw_lora"
+            phases = {"fisher": "warmup", "steady": "penalty" if watches else "training"}
+            times = {("warmup_seconds" if key == "fisher_seconds" else key): v for key, v in data["times"].items()}
+            if isinstance(times.get("phases"), Mapping):
+                times["phases"] = {phases.get(name, name): seconds for name, seconds in times["phases"].items()}
+            data["times"] = times
+        return data
 
     @property
     def metrics(self) -> dict[str, float]:

@@ -21,7 +21,7 @@ SECONDS_OF = {
     "steady_step_seconds": "a steady step",
     "eval_seconds": "evaluation",
 }
-PHASES = {"fisher_seconds": "Fisher phase", "steady_seconds": "steady steps", "eval_seconds": "evaluation"}
+PHASES = {"warmup_seconds": "Fisher phase", "steady_seconds": "steady steps", "eval_seconds": "evaluation"}
 
 
 def minus(text: str) -> str:

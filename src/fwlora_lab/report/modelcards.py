@@ -80,7 +80,7 @@ def _card(analysis: Analysis, g: Group, method: str, record: Record, run: Path) 
     header: dict[str, Any] = {
         "library_name": "peft",
         "pipeline_tag": "text-classification",
-        "tags": ["fwlora", record.arm],
+        "tags": ["fwlora", record.method],
         "metrics": list(record.metrics),
         "model-index": [{"name": f"{record.run_id}-seed-{record.seed}", "results": [result]}],
     }

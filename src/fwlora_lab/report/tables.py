@@ -82,7 +82,7 @@ _HEADINGS = {
     "hedges_g": "Hedges g",
     "seconds_of": "seconds of",
     "low": "95 % interval",
-    "fisher_seconds": "Fisher phase, s",
+    "warmup_seconds": "Fisher phase, s",
     "steady_seconds": "steady steps, s",
     "train_seconds": "training, s",
     "eval_seconds": "evaluation, s",
@@ -196,7 +196,7 @@ def ratios_table(analysis: Analysis) -> Table:
     for g in analysis.groups:
         for kind, by_method in g.ratios.items():
             for method, r in by_method.items():
-                watched = any(t.times and t.times.fisher_seconds for t in g.done(method))
+                watched = any(t.times and t.times.warmup_seconds for t in g.done(method))
                 if r.n and (watched or kind != "fisher_step_seconds"):
                     row = [
                         *_place(g, method),
@@ -211,7 +211,7 @@ def ratios_table(analysis: Analysis) -> Table:
 
 def seconds_table(analysis: Analysis) -> Table:
     rows = []
-    kinds = ("fisher_seconds", "steady_seconds", "train_seconds", "eval_seconds")
+    kinds = ("warmup_seconds", "steady_seconds", "train_seconds", "eval_seconds")
     for g, method, records in analysis.cells():
         timed = [r for r in records if r.times]
         if not timed:
@@ -249,7 +249,13 @@ def parameters_table(analysis: Analysis) -> Table:
     return Table("parameters-table", "Trained parameters, mean over seeds", columns, rows)
 
 
-_USUAL = ("training.learning_rate", "training.epochs", "training.batch_size", "model.lora.alpha", "fw_lora.lambda_fw")
+_USUAL = (
+    "training.learning_rate",
+    "training.epochs",
+    "training.batch_size",
+    "model.lora.alpha",
+    "fw_lora.penalty_strength",
+)
 _NO_SETTING = re.compile(
     r"run_id|results_dir|method|optuna(\..*)?|training\.(seed|save_adapter)|model\.(name|parameter_budget_percent)"
     r"|dataset\..*"
@@ -282,7 +288,7 @@ def settings_table(analysis: Analysis) -> Table:
 
 
 def _settings(record: Record) -> dict[str, Any]:
-    others = tuple(f"{arm}." for arm in ("fw_lora", "adalora") if arm != record.arm)
+    others = tuple(f"{arm}." for arm in ("fw_lora", "adalora") if arm != record.method)
     flat = dict(_flat(record.config))
     return {k: v for k, v in flat.items() if not _NO_SETTING.fullmatch(k) and not k.startswith(others)}
 
@@ -298,7 +304,7 @@ def _flat(tree: Mapping[str, Any], prefix: str = "") -> Iterable[tuple[str, Any]
 def seeds_table(analysis: Analysis) -> Table:
     """Every run that was planned, its state, and what its record counts; metrics as fractions."""
     metrics = list(dict.fromkeys(m for r in analysis.study.done for m in r.metrics))
-    kinds = ("train_seconds", "fisher_seconds", "steady_seconds", "eval_seconds")
+    kinds = ("train_seconds", "warmup_seconds", "steady_seconds", "eval_seconds")
     rows = []
     for run in analysis.study.runs:
         r = run.done

@@ -15,12 +15,13 @@ from typing import Any
 import optuna
 from optuna.trial import FrozenTrial, TrialState
 
+from fwlora_lab.config.former_names import stored_key
 from fwlora_lab.config.schema import RunConfig
 from fwlora_lab.config.validation import with_values
 from fwlora_lab.config.yaml_writer import to_yaml
 from fwlora_lab.errors import UserError
 from fwlora_lab.search.spec import Search
-from fwlora_lab.search.trials import SCORES, SharedStudy, cause_of, is_counted, redacted
+from fwlora_lab.search.trials import SCORES, SharedStudy, cause_of, is_counted, params_of, redacted
 
 
 def best_of(trials: Sequence[FrozenTrial], direction: str) -> FrozenTrial | None:
@@ -34,11 +35,11 @@ def best_config(search: Search, trial: FrozenTrial) -> RunConfig:
     """The run config that a trial recommends: all training data again, scored on dev."""
     back = {
         "run_id": f"{search.given.run_id}-best",
-        "dataset.selection_fraction": 0.0,
+        "dataset.validation_fraction": 0.0,
         "training.evaluate_on": "dev",
         "optuna": None,
     }
-    return with_values(search.given, trial.params | back)
+    return with_values(search.given, params_of(trial) | back)
 
 
 def conclude(search: Search, shared: SharedStudy, metric: str, trials: Sequence[FrozenTrial]) -> None:
@@ -49,8 +50,8 @@ def conclude(search: Search, shared: SharedStudy, metric: str, trials: Sequence[
     print(f"{pruned} pruned, {len(failed)} failed")
     best = best_of(trials, search.optuna.direction)
     if best is not None:
-        print(f"best: trial {best.number}, {metric} {best.value:.4f} on the selection split, after the last epoch")
-        for key, value in best.params.items():
+        print(f"best: trial {best.number}, {metric} {best.value:.4f} on the validation split, after the last epoch")
+        for key, value in params_of(best).items():
             print(f"  {key} = {value}")
         fresh = max(search.seeds) + 1
         print(f"train it: fwlora train run={search.folder / 'best.yaml'} seeds={fresh}..{fresh + 2}")
@@ -80,13 +81,13 @@ def write_results(search: Search, shared: SharedStudy, metric: str) -> None:
 
 
 def _header(search: Search, best: FrozenTrial, trials: Sequence[FrozenTrial], metric: str) -> str:
-    fraction, direction = search.base.dataset.selection_fraction, search.optuna.direction
+    fraction, direction = search.base.dataset.validation_fraction, search.optuna.direction
     done = sum(t.state.is_finished() and is_counted(t) for t in trials)
     lines = [
         f"The best of {done} trials of the search around {search.given.run_id}, found {datetime.now(UTC):%Y-%m-%d}:",
         f"trial {best.number}, {metric} {best.value:.6g} ({direction}), the mean over seeds "
         f"{', '.join(map(str, search.seeds))} after the last epoch,",
-        f"on a selection split of {fraction:g} of the training data. Dev was not looked at. This config trains on all",
+        f"on a validation split of {fraction:g} of the training data. Dev was not looked at. This config trains on all",
         "training data and is scored on dev: report it with seeds that the search did not use.",
     ]
     return "".join(f"# {line}\n" for line in lines)
@@ -101,7 +102,7 @@ def _table(search: Search, trials: Sequence[FrozenTrial], metric: str) -> str:
         scores = t.user_attrs.get(SCORES, [None] * len(search.seeds))
         seconds = None if t.duration is None else round(t.duration.total_seconds(), 1)
         state = t.state.name.lower() if is_counted(t) else "interrupted"
-        values = [t.params.get(key) for key in keys]
+        values = [t.params.get(stored_key(key)) for key in keys]
         rows.append([t.number, state, t.value, *scores, *values, len(t.intermediate_values), seconds, cause_of(t)])
     return _csv(rows)
 

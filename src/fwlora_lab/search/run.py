@@ -1,6 +1,6 @@
 """Optuna around `train`: from a run config's search space to its best hyper-parameters.
 
-A trial is scored on the selection split, a part of the training data that it does not train on: dev stays unseen. Its
+A trial is scored on the validation split, a part of the training data that it does not train on: dev stays unseen. Its
 score is the task's primary metric after the last epoch (not the best of the epochs), the mean over its seeds. Trials
 that agree in what lanes must share train side by side on one backbone; the sampler is told of those that run.
 

@@ -14,6 +14,7 @@ from optuna.samplers import BaseSampler
 
 from fwlora_lab.config.checks import warnings_of
 from fwlora_lab.config.fingerprint import in_fingerprint
+from fwlora_lab.config.former_names import stored_key, with_stored_names
 from fwlora_lab.config.keys import LEAVES, get_key
 from fwlora_lab.config.schema import Dimension, OptunaConfig, RunConfig
 from fwlora_lab.config.search_space import dimensions_of
@@ -22,7 +23,7 @@ from fwlora_lab.errors import UserError
 from fwlora_lab.search.trials import SharedStudy, storage_url
 from fwlora_lab.seeds import derive
 
-_SELECTION_FRACTION = 0.1  # where the config sets no part of the training data aside
+_VALIDATION_FRACTION = 0.1  # where the config sets no part of the training data aside
 _SHARE_OF_TRIALS = 4  # a quarter of the trials at once: the sampler is to learn from some before it draws the last
 _STARTUP_TRIALS = 10  # drawn at random before TPE's model, but not more than a third of all
 # These decide what is learnt and what is scored: trials that differ in them have scores that do not compare.
@@ -35,7 +36,7 @@ _NOT_SEARCHED = (
         f"dataset.{key}"
         for key in (
             "name subset root revision split eval_split train_file eval_file text_column label_column "
-            "train_examples selection_fraction seed"
+            "train_examples validation_fraction seed"
         ).split()
     ),
 )
@@ -63,10 +64,10 @@ class Search:
         for key in dimensions:
             if key in _NOT_SEARCHED:
                 raise UserError(f"optuna: {key} cannot be searched: trials would be scored on something else each")
-        fraction = cfg.dataset.selection_fraction or _SELECTION_FRACTION
+        fraction = cfg.dataset.validation_fraction or _VALIDATION_FRACTION
         changes = {
-            "dataset.selection_fraction": fraction,
-            "training.evaluate_on": "selection",
+            "dataset.validation_fraction": fraction,
+            "training.evaluate_on": "validation",
             "training.save_adapter": False,
             "optuna": None,  # the storage's password stays out of the records
             "results_dir": str(Path(cfg.results_dir) / cfg.run_id / "search" / "trials"),
@@ -96,10 +97,10 @@ class Search:
     def notes(self) -> list[str]:
         """What a person should know before it begins."""
         cfg, notes = self.given, warnings_of(self.given)
-        if not cfg.dataset.selection_fraction:
+        if not cfg.dataset.validation_fraction:
             notes.append(
-                f"dataset.selection_fraction is 0: {_SELECTION_FRACTION:g} of the training data is set aside to score "
-                "the trials on; best.yaml trains on all of it"
+                f"dataset.validation_fraction is 0: {_VALIDATION_FRACTION:g} of the training data is set aside to "
+                "score the trials on; best.yaml trains on all of it"
             )
         if self.optuna.pruner != "none" and self.epochs < 2:
             notes.append(f"optuna.pruner={self.optuna.pruner} has nothing to prune: there is one epoch")
@@ -111,8 +112,8 @@ class Search:
         return self._highest("training.epochs") or self.given.training.epochs
 
     def space(self) -> dict[str, BaseDistribution]:
-        """Optuna's distributions by the run config's keys."""
-        return {key: _distribution(dimension) for key, dimension in self.dimensions.items()}
+        """Optuna's distributions by the names under which trials are stored."""
+        return {stored_key(key): _distribution(dimension) for key, dimension in self.dimensions.items()}
 
     def trial_config(self, number: int, values: dict[str, Any]) -> RunConfig:
         """The run config of a trial; UserError where its values do not go together."""
@@ -136,11 +137,13 @@ class Search:
 
     def identity(self, data_fingerprint: str) -> dict[str, dict[str, Any]]:
         """What a study is a study of, by name: two with the same are one, and their trials compare."""
-        cfg = self.base.model_dump(mode="json") | {"method": self.base.arm}
+        cfg = with_stored_names(self.base.model_dump(mode="json")) | {"method": self.base.method_name}
         keys = [key for key in LEAVES if in_fingerprint(key) and key not in self.dimensions]
         return {
-            "config": {key: get_key(cfg, key) for key in keys},
-            "space": {key: d.model_dump(mode="json", exclude_none=True) for key, d in self.dimensions.items()},
+            "config": {stored_key(key): get_key(cfg, stored_key(key)) for key in keys},
+            "space": {
+                stored_key(key): d.model_dump(mode="json", exclude_none=True) for key, d in self.dimensions.items()
+            },
             "optuna": {"direction": self.optuna.direction, "seeds": self.seeds},
             "data": {"texts, labels or splits": data_fingerprint},
         }

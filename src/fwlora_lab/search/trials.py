@@ -28,6 +28,7 @@ from optuna.trial import FrozenTrial, Trial, TrialState
 from sqlalchemy.engine import URL
 from sqlalchemy.exc import ArgumentError, SQLAlchemyError
 
+from fwlora_lab.config.former_names import present_key
 from fwlora_lab.errors import UserError
 
 HEARTBEAT_SECONDS = 10
@@ -85,6 +86,11 @@ def _quiet() -> Iterator[None]:
         warnings.filterwarnings("ignore", category=optuna.exceptions.ExperimentalWarning)
         warnings.filterwarnings("ignore", message="Heartbeat of storage is supposed")
         yield
+
+
+def params_of(trial: FrozenTrial | Trial) -> dict[str, Any]:
+    """A trial's values by the run config's present keys, whatever the storage calls them."""
+    return {present_key(name): value for name, value in trial.params.items()}
 
 
 class SharedStudy:

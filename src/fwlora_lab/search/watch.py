@@ -13,7 +13,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 from fwlora_lab.search.results import best_of
 from fwlora_lab.search.spec import Search
-from fwlora_lab.search.trials import SharedStudy, cause_of, is_counted
+from fwlora_lab.search.trials import SharedStudy, cause_of, is_counted, params_of
 
 SECONDS_BETWEEN_LOOKS = 1.0
 
@@ -75,7 +75,7 @@ class SearchWatch:
 
 
 def _told(trial: FrozenTrial) -> str:
-    values = " ".join(f"{key.rsplit('.', 1)[-1]}={_short(value)}" for key, value in trial.params.items())
+    values = " ".join(f"{key.rsplit('.', 1)[-1]}={_short(value)}" for key, value in params_of(trial).items())
     cause = cause_of(trial)
     if cause is not None:
         return f"trial {trial.number}: FAILED: {cause.splitlines()[0]}  {values}"

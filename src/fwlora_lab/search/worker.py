@@ -16,7 +16,7 @@ from fwlora_lab.config.schema import RunConfig
 from fwlora_lab.data.load import load_task
 from fwlora_lab.errors import UserError
 from fwlora_lab.search.spec import Search
-from fwlora_lab.search.trials import GRACE_SECONDS, SharedStudy
+from fwlora_lab.search.trials import GRACE_SECONDS, SharedStudy, params_of
 from fwlora_lab.search.watch import SECONDS_BETWEEN_LOOKS, SearchWatch
 from fwlora_lab.training.events import Evaluated, Event, Note, RunFailed, RunFinished, RunRefused, StepDone, StopRun
 from fwlora_lab.training.jobs import RunSpec
@@ -82,7 +82,7 @@ class TrialWorker:
 
     def _plan(self, trial: Trial) -> None:
         try:
-            cfg = self.search.trial_config(trial.number, trial.params)
+            cfg = self.search.trial_config(trial.number, params_of(trial))
         except UserError as error:
             self._over(self.shared.fail(trial, str(error)), trial)
             return

@@ -70,10 +70,10 @@ def _seconds_of_a_run(cfg: RunConfig, examples: int, seed: int) -> float:
             "training.save_adapter": False,
         }
         fisher = 0
-        if cfg.arm == "fw_lora":
+        if cfg.method_name == "fw_lora":
             k = cfg.fw_lora.warmup_steps
             fisher = k if isinstance(k, int) else max(1, round(k * steps))
-            changes |= {"fw_lora.warmup_steps": 0.5, "fw_lora.start": 0}
+            changes |= {"fw_lora.warmup_steps": 0.5, "fw_lora.fisher_start": 0}
         probe = with_values(cfg, changes)
         (record,) = train_runs([RunSpec(probe, seed)])
     if record.times is None or record.error is not None:
@@ -84,5 +84,5 @@ def _seconds_of_a_run(cfg: RunConfig, examples: int, seed: int) -> float:
     seconds = times.eval_seconds * training.epochs
     seconds += times.steady_seconds / max(1, record.steps - of_fisher) * (steps - fisher)
     if of_fisher:
-        seconds += times.fisher_seconds / of_fisher * fisher
+        seconds += times.warmup_seconds / of_fisher * fisher
     return seconds

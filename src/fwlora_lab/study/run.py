@@ -25,7 +25,7 @@ from fwlora_lab.records.record import Record
 from fwlora_lab.records.study_plan import write_plan
 from fwlora_lab.search.results import best_of
 from fwlora_lab.search.run import run_search
-from fwlora_lab.search.trials import is_counted
+from fwlora_lab.search.trials import is_counted, params_of
 from fwlora_lab.study.plan import PlannedCell, PlannedStudy
 from fwlora_lab.study.workers import train_in_processes
 from fwlora_lab.training.jobs import RunSpec
@@ -112,4 +112,4 @@ def tune_cell(cell: PlannedCell, jobs: int) -> PlannedCell:
             f"{cell.name}: none of its trials was completed, see {search.folder / 'trials.csv'}. "
             "Delete that folder to search anew, or leave the method out with methods=."
         )
-    return replace(cell, cfg=with_values(cell.cfg, best.params))
+    return replace(cell, cfg=with_values(cell.cfg, params_of(best)))

@@ -22,7 +22,7 @@ class Event:
 class RunStarted(Event):
     """A run begins: run `index` (from 0) of `of` in its cohort."""
 
-    arm: str
+    method: str
     total_steps: int
     epochs: int
     index: int

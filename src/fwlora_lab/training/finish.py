@@ -70,7 +70,7 @@ def make_record(
     record = Record(
         run_id=job.cfg.run_id,
         seed=job.seed,
-        arm=job.cfg.arm,
+        method=job.cfg.method_name,
         status="failed" if failure else "complete",
         error=failure,
         started=started,
@@ -104,13 +104,13 @@ def make_record(
         return record
     phases = state.training.seconds
     seconds = sum(phases.values())
-    fisher = phases.get("fisher", 0.0)
+    warmup = phases.get("warmup", 0.0)
     record.epochs = state.epochs
     record.steps = state.step
     record.times = Times(
         train_seconds=seconds,
-        fisher_seconds=fisher,
-        steady_seconds=seconds - fisher,
+        warmup_seconds=warmup,
+        steady_seconds=seconds - warmup,
         eval_seconds=sum(state.evaluating.seconds.values()),
         phases=dict(phases),
     )

@@ -99,8 +99,8 @@ class ResourceCache:
             if not len(examples):
                 raise UserError(
                     f"training.evaluate_on={split} needs a {split} split, and it is empty. "
-                    "Set dataset.selection_fraction above 0, or training.evaluate_on=dev."
-                    if split == "selection"
+                    "Set dataset.validation_fraction above 0, or training.evaluate_on=dev."
+                    if split == "validation"
                     else f"the {split} split of {data.source} is empty."
                 )
             if (data_key, backbone_key, split) not in tables:

@@ -14,7 +14,7 @@ from fwlora_lab.seeds import derive
 
 def lane_settings(cfg: RunConfig, arm: LoraMethod, seed: int, total_steps: int) -> LaneSettings:
     """What the lane engine needs to know of a run; `arm` holds its adapters as they begin."""
-    fw = fw_config(cfg.fw_lora, seed) if cfg.arm == "fw_lora" else None
+    fw = fw_config(cfg.fw_lora, seed) if cfg.method_name == "fw_lora" else None
     ranks = {name: factors[0].shape[0] for name, factors in arm.adapters().items()}
     scale, ada = cfg.model.lora.scale, None
     if isinstance(arm, AdaLoraMethod):
@@ -50,5 +50,5 @@ def lane_settings(cfg: RunConfig, arm: LoraMethod, seed: int, total_steps: int) 
         max_grad_norm=cfg.training.max_grad_norm,
         seed=derive(seed, "dropout"),
         fw=fw,
-        warmup_steps=fw.warmup_steps(total_steps) if fw else 0,
+        warmup_steps=fw.resolve_warmup_steps(total_steps) if fw else 0,
     )

@@ -232,7 +232,7 @@ class Scheduler:
                 self.listen(Note(*job.key, text))
         cfg, steps = job.cfg, job.total_steps
         epochs = cfg.training.epochs
-        self.listen(RunStarted(*job.key, cfg.arm, steps, epochs, index, len(self.jobs)))
+        self.listen(RunStarted(*job.key, cfg.method_name, steps, epochs, index, len(self.jobs)))
         return True
 
     def _tick(self, engine: LaneEngine, seats: Sequence[ActiveRun], table: TokenTable) -> None:
@@ -374,7 +374,7 @@ def _lane_group(job: Job) -> object | None:
     if job.cfg.training.engine != "lanes" or not supports(job.backbone.config):
         return None
     targets = tuple(job.cfg.model.lora.target_modules)
-    spectral = job.cfg.arm in SPECTRAL
+    spectral = job.cfg.method_name in SPECTRAL
     backbone = (job.backbone.path_or_id, job.backbone.commit, job.cfg.training.mixed_precision)
     return (spectral, backbone, targets, id(job.train), id(job.evaluation))
 
@@ -391,7 +391,7 @@ def _lanes_for(jobs: Sequence[Job], width: int, device: torch.device) -> LaneEng
     model = build_classifier(jobs[0].backbone, jobs[0].spec, 0).to(device)  # type: ignore[arg-type]
     if in_bf16(jobs[0].cfg, device):
         model.bfloat16()  # what is trained stays in fp32
-    return LaneEngine(model, targets, width, highest, svd_parametrized=jobs[0].cfg.arm in SPECTRAL)
+    return LaneEngine(model, targets, width, highest, svd_parametrized=jobs[0].cfg.method_name in SPECTRAL)
 
 
 def _pack(table: TokenTable, batches: Sequence[Tensor], seats: Sequence[ActiveRun]) -> Packed:

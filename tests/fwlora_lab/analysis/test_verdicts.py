@@ -336,7 +336,7 @@ def record(method, seed, value, seconds=(0.0, 60.0), status="complete", **change
     fields = dict(
         run_id=method,
         seed=seed,
-        arm="lora",
+        method="lora",
         status=status,
         error=Failure(type="E", message="m", traceback="t") if status == "failed" else None,
         started=datetime.now(UTC),
@@ -355,7 +355,7 @@ def record(method, seed, value, seconds=(0.0, 60.0), status="complete", **change
         epochs=[Epoch(epoch=1, step=100, learning_rate=0.1, train_loss=1.0, metrics={"accuracy": value}, loss=None)],
         times=Times(
             train_seconds=sum(seconds),
-            fisher_seconds=seconds[0],
+            warmup_seconds=seconds[0],
             steady_seconds=seconds[1],
             eval_seconds=2.0,
             phases={},

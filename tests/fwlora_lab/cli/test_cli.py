@@ -207,5 +207,5 @@ def test_on_a_terminal_progress_is_live(run_file):
             break
     assert process.wait(timeout=60) == 0, seen.decode()
     text = seen.decode(errors="replace")
-    assert "\x1b[" in text and "steady" in text and "loss" in text and "accuracy" in text
+    assert "\x1b[" in text and "penalty" in text and "loss" in text and "accuracy" in text
     assert "Traceback" not in text

@@ -62,28 +62,28 @@ def test_every_packaged_run_is_valid_and_warns_of_nothing(run):
 
 def test_both_runs_of_the_request_hold_its_values():
     cfg = load_run(PROPOSED)
-    assert (cfg.arm, cfg.method) == ("fw_lora", "proposed_fw_lora")
+    assert (cfg.method_name, cfg.method) == ("fw_lora", "proposed_fw_lora")
     assert cfg.model.parameter_budget_percent == 0.2
     lora = cfg.model.lora
     assert (lora.rank, lora.alpha, lora.dropout, lora.scale) == (8, 16, 0.1, 2.0)
     assert lora.target_modules == ["query", "key", "value", "intermediate", "output"]
     assert (cfg.dataset.name, cfg.dataset.subset, cfg.dataset.max_length) == ("glue", "sst2", 128)
-    assert (cfg.dataset.padding, cfg.dataset.selection_fraction) == ("max_length", 0.0)
+    assert (cfg.dataset.padding, cfg.dataset.validation_fraction) == ("max_length", 0.0)
     t = cfg.training
     assert (t.epochs, t.batch_size, t.learning_rate, t.weight_decay) == (3, 32, 2e-4, 0.01)
     assert (t.warmup_ratio, t.mixed_precision, t.seed) == (0.06, "bf16", 42)
     fw = cfg.fw_lora
-    assert (fw.lambda_fw, fw.warmup_steps, fw.fisher_alpha) == (1e-4, 500, 0.98)
+    assert (fw.penalty_strength, fw.warmup_steps, fw.fisher_ema_decay) == (1e-4, 500, 0.98)
     assert cfg.optuna and cfg.optuna.n_trials == 30
     assert list(dimensions_of(cfg.optuna)) == [
         "training.learning_rate",
-        "fw_lora.lambda_fw",
+        "fw_lora.penalty_strength",
         "model.lora.rank",
         "fw_lora.warmup_steps",
         "training.batch_size",
     ]
     other = load_run(COMPARATIVE)
-    assert other.arm == "lora" and other.optuna and other.optuna.n_trials == 20
+    assert other.method_name == "lora" and other.optuna and other.optuna.n_trials == 20
     assert other.training == cfg.training and other.model == cfg.model
 
 
@@ -94,14 +94,13 @@ def test_arms_of_one_family_differ_in_their_method_only():
             for key in ("run_id", "method", "fw_lora", "adalora"):
                 dump.pop(key)
             # One number of trials and one space for all; λ comes on top for the method that has it.
-            (dump["optuna"] or {}).get("search_space", {}).pop("lambda_fw", None)
+            (dump["optuna"] or {}).get("search_space", {}).pop("penalty_strength", None)
         assert dumps[0] == dumps[1] == dumps[2]
 
 
 def test_settings_of_the_method_have_the_defaults_of_the_method():
     own = {f.name: f.default for f in dataclasses.fields(fwlora.FWLoraConfig) if f.name != "seed"}
-    names = {"lambda_fw": "shrinkage", "warmup_steps": "warmup", "fisher_alpha": "ema"}
-    assert {names.get(k, k): v for k, v in FWLoraSettings().model_dump().items()} == own
+    assert FWLoraSettings().model_dump() == own
 
 
 # --- where runs come from ----------------------------------------------------------------------
@@ -350,7 +349,7 @@ def test_warmup_must_end_before_the_run():
     with pytest.raises(UserError):
         check_warmup(cfg, 500)
     check_warmup(load_run(COMPARATIVE), 267)  # plain LoRA has no warm-up
-    fraction = load_run(PROPOSED, ["fw_lora.warmup_steps=0.25", "fw_lora.start=60"])
+    fraction = load_run(PROPOSED, ["fw_lora.warmup_steps=0.25", "fw_lora.fisher_start=60"])
     check_warmup(fraction, 267)
     with pytest.raises(UserError, match="start"):
         check_warmup(fraction, 200)
@@ -363,10 +362,10 @@ def test_warmup_must_end_before_the_run():
     [
         (
             "demo-lora",
-            "fw_lora.lambda_fw=0.1",
-            "fw_lora.lambda_fw = 0.1 is ignored: method is lora",
+            "fw_lora.penalty_strength=0.1",
+            "fw_lora.penalty_strength = 0.1 is ignored: method is lora",
         ),
-        ("demo-fw_lora", "fw_lora.gamma=0.1", "weighting is share"),
+        ("demo-fw_lora", "fw_lora.gamma=0.1", "weighting is importance"),
         ("demo-fw_lora", "fw_lora.sketch_columns=2", "estimator is exact"),
         ("demo-fw_lora", "adalora.beta1=0.5", "method is fw_lora"),
         ("demo-lora", "dataset.root=x", "dataset.name is offline"),
@@ -384,7 +383,7 @@ def test_settings_without_effect_are_warned_of_and_leave_the_fingerprint(run, ov
 
 def test_svd_lora_reads_adaloras_regulariser_and_nothing_of_its_schedule():
     plain = load_run("demo-adalora", ["method=svd_lora"])
-    assert plain.arm == "svd_lora" and warnings_of(plain) == []
+    assert plain.method_name == "svd_lora" and warnings_of(plain) == []
     for key in (k for k in KEYS if k.startswith(("adalora.", "fw_lora."))):
         assert reads("svd_lora", key) == (key == "adalora.orth_reg_weight")
     other = load_run("demo-adalora", ["method=svd_lora", "adalora.tinit_ratio=0.3", "adalora.init_rank_factor=3.0"])
@@ -399,7 +398,7 @@ def test_svd_lora_reads_adaloras_regulariser_and_nothing_of_its_schedule():
 
 def test_searching_what_is_ignored_is_warned_of():
     cfg = load_run(PROPOSED, ["method=lora"])
-    assert any("optuna searches fw_lora.lambda_fw" in w for w in warnings_of(cfg))
+    assert any("optuna searches fw_lora.penalty_strength" in w for w in warnings_of(cfg))
 
 
 def test_fingerprint_changes_with_what_changes_the_result_and_with_nothing_else():
@@ -430,7 +429,7 @@ def test_fingerprint_changes_with_what_changes_the_result_and_with_nothing_else(
         "training.evaluate_on=selection",
         "fw_lora.weighting=uniform",
     ):
-        extra = ["dataset.selection_fraction=0.1"] if "selection" in other else []
+        extra = ["dataset.validation_fraction=0.1"] if "selection" in other else []
         assert fingerprint(load_run(PROPOSED, [other, *extra])) != base, other
 
 
@@ -526,7 +525,7 @@ def configs(draw):
         "seed": draw(st.integers(0, 2**32 - 1)),
         "train_examples": draw(st.none() | st.integers(2, 10**12)),
         "truncation": draw(st.booleans()),
-        "selection_fraction": draw(SMALL),
+        "validation_fraction": draw(SMALL),
     }
     if kind == "glue":
         dataset["subset"] = draw(st.sampled_from(GLUE_SUBSETS))
@@ -573,7 +572,7 @@ def configs(draw):
                 "max_grad_norm": draw(st.none() | POSITIVE),
             },
             "fw_lora": {
-                "lambda_fw": draw(st.sampled_from([0.0, 1e-4]) | POSITIVE),
+                "penalty_strength": draw(st.sampled_from([0.0, 1e-4]) | POSITIVE),
                 "warmup_steps": draw(SMALL | st.integers(1, 10**9)),
             },
             "optuna": optuna,
@@ -610,7 +609,7 @@ def test_a_written_config_runs_again(cfg, tmp_path_factory):
 def test_small_floats_are_written_with_a_point_and_a_signed_exponent():
     text = to_yaml(load_run(PROPOSED, ["training.learning_rate=1e-5", "training.weight_decay=1e30"]))
     assert "learning_rate: 1.0e-5" in text and "weight_decay: 1.0e+30" in text
-    assert "lambda_fw: 1.0e-4" in text and 'mixed_precision: "no"' in to_yaml(
+    assert "penalty_strength: 1.0e-4" in text and 'mixed_precision: "no"' in to_yaml(
         load_run(PROPOSED, ["training.mixed_precision=no"])
     )
 

@@ -175,7 +175,7 @@ def test_the_real_glue(task: str, train: int, dev: int, positive: int) -> None:
             name="glue",
             subset=task,
             root=str(REAL_GLUE),
-            selection_fraction=0.1,
+            validation_fraction=0.1,
             train_examples=800,
         )
     )
@@ -483,7 +483,7 @@ def numbered(root: Path, n: int = 100, dev: str = "text,label\nz,a\n") -> Datase
 def test_selection_is_carved_from_train_per_class(tmp_path: Path) -> None:
     cfg = numbered(tmp_path)
     whole = load_task(cfg)
-    part = load_task(cfg.model_copy(update={"selection_fraction": 0.2}))
+    part = load_task(cfg.model_copy(update={"validation_fraction": 0.2}))
     assert len(whole.selection) == 0 and len(whole.train) == 100
     assert np.bincount(part.selection.labels).tolist() == [14, 6]
     assert np.bincount(part.train.labels).tolist() == [56, 24]
@@ -501,7 +501,7 @@ def test_shares_of_selection_add_up(tmp_path: Path) -> None:
     rows = ["text,label", *(f"t{i},{'abc'[i % 3]}" for i in range(10))]
     cfg = write_csv(tmp_path, "\n".join(rows))
     for fraction, count in ((0.1, 1), (0.3, 3), (0.5, 5), (0.7, 7)):
-        part = load_task(cfg.model_copy(update={"selection_fraction": fraction}))
+        part = load_task(cfg.model_copy(update={"validation_fraction": fraction}))
         assert (len(part.selection), len(part.train)) == (count, 10 - count)
 
 
@@ -509,7 +509,7 @@ def test_the_dataset_seed_alone_decides_the_splits(tmp_path: Path) -> None:
     cfg = numbered(tmp_path)
 
     def drawn(**keys: Any) -> task.TaskData:
-        return load_task(cfg.model_copy(update={"selection_fraction": 0.2, **keys}))
+        return load_task(cfg.model_copy(update={"validation_fraction": 0.2, **keys}))
 
     assert drawn().fingerprint == drawn().fingerprint
     assert drawn().selection.texts != drawn(seed=1).selection.texts
@@ -525,10 +525,10 @@ def test_impossible_sizes(tmp_path: Path) -> None:
     cfg = numbered(tmp_path)
     with pytest.raises(UserError, match="train_examples: 101 asked for, but train holds 100"):
         load_task(cfg.model_copy(update={"train_examples": 101}))
-    with pytest.raises(UserError, match="selection_fraction: 0.001 of 100 .*leaves 0"):
-        load_task(cfg.model_copy(update={"selection_fraction": 0.001}))
-    with pytest.raises(UserError, match="selection_fraction: 0.999 .* 0 for training"):
-        load_task(cfg.model_copy(update={"selection_fraction": 0.999}))
+    with pytest.raises(UserError, match="validation_fraction: 0.001 of 100 .*leaves 0"):
+        load_task(cfg.model_copy(update={"validation_fraction": 0.001}))
+    with pytest.raises(UserError, match="validation_fraction: 0.999 .* 0 for training"):
+        load_task(cfg.model_copy(update={"validation_fraction": 0.999}))
     with pytest.raises(UserError, match="nothing to learn.*dataset.train_examples"):
         load_task(cfg.model_copy(update={"train_examples": 1}))
 
@@ -537,7 +537,7 @@ def test_regression_is_carved_without_classes(tmp_path: Path) -> None:
     row = "0\tg\tf\t1\t2\ta\tb\tx{i}\ty\t{score}\n"
     text = STSB + "".join(row.format(i=i, score=i / 4) for i in range(20))
     cfg = write_glue(tmp_path, "stsb", text)
-    part = load_task(cfg.model_copy(update={"selection_fraction": 0.25}))
+    part = load_task(cfg.model_copy(update={"validation_fraction": 0.25}))
     assert (len(part.selection), len(part.train)) == (5, 15)
     for split in (part.train, part.selection):
         assert split.labels.tolist() == [int(left[1:]) / 4 for left, _ in split.texts]

@@ -188,7 +188,7 @@ def test_what_is_stated_wins_and_has_no_comment():
     assert "run_id: proposed-roberta-base-SST-2  # from the method, the model and the data set" in lines
     assert "    alpha: 8  # twice the rank, LoRA's custom" in lines
     assert "  max_length: 128  # convention of the task" in lines
-    assert "  fisher_alpha: 0.98  # default of FW-LoRA" in lines
+    assert "  fisher_ema_decay: 0.98  # default of FW-LoRA" in lines
     assert "  batch_size: 64" in second.splitlines() and "fw_lora:" not in second
     stated = {"method:", "name:", "pretrained_id:", "subset:", "epochs:", "rank:", "weight_decay:"}
     for line in lines[1:]:
@@ -246,13 +246,13 @@ def test_a_search_keeps_a_part_of_train_and_fits_the_method():
     space = {"learning_rate": "1e-4-3e-4", "lambda_fw": "1e-5-1e-4", "adalora.beta1": "0.5-0.9"}
     fw, adalora, lora = configs(hyperparameters_to_search=space, n_trials=9)
     assert [list(c["optuna"]["search_space"]) for c in (fw, adalora, lora)] == [
-        ["learning_rate", "lambda_fw"],
+        ["learning_rate", "penalty_strength"],
         ["learning_rate", "adalora.beta1"],
         ["learning_rate"],
     ]
     for cfg in (fw, adalora, lora):
-        assert cfg["optuna"]["n_trials"] == 9 and cfg["dataset"]["selection_fraction"] == 0.1
-    assert "selection_fraction" not in configs()[0]["dataset"] and "optuna" not in configs()[0]
+        assert cfg["optuna"]["n_trials"] == 9 and cfg["dataset"]["validation_fraction"] == 0.1
+    assert "validation_fraction" not in configs()[0]["dataset"] and "optuna" not in configs()[0]
 
 
 def test_loaders_read_the_same_values():
@@ -349,9 +349,9 @@ def test_a_sound_design_has_no_contradiction():
         ({"summary": "3 epochs", "settings": {"epochs": 5}}, "two values", "3 and 5"),
         ({"summary": "3 epochs", "hypothesis": "5 epochs"}, "two values", "5 and 3"),
         (
-            {"settings": {"dataset.selection_fraction": 0.0}, "hyperparameters_to_search": {"lambda_fw": "1e-4-1e-3"}},
+            {"settings": {"dataset.validation_fraction": 0.0}, "hyperparameters_to_search": {"lambda_fw": "1e-4-1e-3"}},
             "one split",
-            "selection",
+            "validation",
         ),
         (
             {

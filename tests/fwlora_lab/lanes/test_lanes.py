@@ -1,4 +1,4 @@
-"""Lanes: each is the run that it would be alone, and the run that PEFT trains.
+"""Each lane of the engine trains the run that it would train alone, and the run that PEFT trains.
 
 pytest tests/fwlora_lab/lanes/test_lanes.py
 """
@@ -29,13 +29,13 @@ from transformers import (
 
 import fwlora
 from fwlora import FWLoraConfig
-from fwlora.penalty import NORMS
 from fwlora_lab.data.task import TaskSpec
 from fwlora_lab.data.tokens import TokenTable, collate
 from fwlora_lab.lanes.attention import ATTENTION
-from fwlora_lab.lanes.engine import Lanes
+from fwlora_lab.lanes.engine import LaneEngine
 from fwlora_lab.lanes.packing import Shape, pack, pack_shaped, shape_of
 from fwlora_lab.lanes.settings import Allocation, LaneSettings
+from fwlora_lab.lanes.step_plan import plan_step
 from fwlora_lab.models.backbones import load_backbone
 from fwlora_lab.models.classifier import build_classifier
 from fwlora_lab.models.methods import build_method, initial_ranks
@@ -109,7 +109,7 @@ def test_packed_is_padded(kind, table):
             p.add_(0.3 * torch.randn_like(p))
     batches = [torch.arange(0, 13), torch.arange(13, 64)]
     packed = pack(table, batches, F64)
-    assert packed.tokens.shape[1] == max(packed.counts) == int(table.lengths()[13:].sum())
+    assert packed.tokens.shape[1] == max(packed.token_counts) == int(table.lengths()[13:].sum())
     want = []
     for b in batches:
         batch = collate(table, b, pad, "longest", 64)
@@ -122,7 +122,7 @@ def test_packed_is_padded(kind, table):
     hidden = encoder(
         input_ids=packed.tokens, position_ids=packed.positions + offset, packed=packed, **types
     ).last_hidden_state
-    first = hidden.reshape(-1, 16)[packed.first]
+    first = hidden.reshape(-1, 16)[packed.first_token]
     for e, w in enumerate(want):
         assert_close(first[e, : len(w)], w, rtol=1e-9, atol=1e-11)
 
@@ -161,7 +161,7 @@ def initial(model, targets, rank: int, seed: int) -> tuple[dict, dict]:
     return adapters, head
 
 
-FW = FWLoraConfig(warmup=8, ema=0.9, shrinkage=0.01)
+FW = FWLoraConfig(warmup_steps=8, fisher_ema_decay=0.9, penalty_strength=0.01)
 RUNS = [
     # (rank, learning rate, settings of the lane)
     (2, 1e-2, {}),
@@ -169,19 +169,19 @@ RUNS = [
     (
         1,
         2e-2,
-        {"fw": FWLoraConfig(warmup=5, coupling="decoupled", shrinkage=0.05), "warmup_steps": 5},
+        {"fw": FWLoraConfig(warmup_steps=5, penalty_mode="decoupled", penalty_strength=0.05), "warmup_steps": 5},
     ),
     (
         3,
         1e-2,
-        {"fw": FWLoraConfig(warmup=6, norm="factors", estimator="per_example"), "warmup_steps": 6},
+        {"fw": FWLoraConfig(warmup_steps=6, penalty_norm="factors", estimator="per_example"), "warmup_steps": 6},
     ),
-    (3, 1e-2, {"fw": FWLoraConfig(warmup=6, estimator="sketch", every=2), "warmup_steps": 6}),
+    (3, 1e-2, {"fw": FWLoraConfig(warmup_steps=6, estimator="sketch", fisher_interval=2), "warmup_steps": 6}),
     (
         2,
         1e-2,
         {
-            "fw": FWLoraConfig(warmup=4, estimator="adapter"),
+            "fw": FWLoraConfig(warmup_steps=4, estimator="adapter"),
             "warmup_steps": 4,
             "max_grad_norm": None,
         },
@@ -198,15 +198,15 @@ class World:
         self.kind, self.table, self.dropout = kind, table, dropout
         self.targets = targets_of(classifier(kind))
 
-    def lanes(self, which: Sequence[int], **more) -> Lanes:
-        engine = Lanes(classifier(self.kind, self.dropout), self.targets, len(which), 4)
+    def lanes(self, which: Sequence[int], **more) -> LaneEngine:
+        engine = LaneEngine(classifier(self.kind, self.dropout), self.targets, len(which), 4)
         for i in which:
             rank, _, own = RUNS[i]
             s = settings(rank, self.targets, seed=i, **{**own, **more})
             engine.admit(s, *initial(classifier(self.kind), self.targets, rank, i))
         return engine
 
-    def train(self, engine: Lanes, which: Sequence[int], steps: int, start: int = 0) -> list[Tensor]:
+    def train(self, engine: LaneEngine, which: Sequence[int], steps: int, start: int = 0) -> list[Tensor]:
         losses = []
         for step in range(start, start + steps):
             packed = pack(self.table, [batch_of(self.table, i, step) for i in which], F64)
@@ -254,7 +254,7 @@ class World:
         return peft, handle
 
 
-def equal_lane(engine: Lanes, lane: int, other: Lanes, there: int, **tolerance) -> None:
+def equal_lane(engine: LaneEngine, lane: int, other: LaneEngine, there: int, **tolerance) -> None:
     tolerance = tolerance or {"rtol": 1e-9, "atol": 1e-9}
     for name, (a, b) in engine.adapters(lane).items():
         assert_close(a, other.adapters(there)[name][0], **tolerance)
@@ -276,7 +276,7 @@ def test_every_lane_is_the_run_that_peft_trains(kind, table):
             assert_close(a, layer.lora_A["default"].weight.detach(), rtol=1e-6, atol=1e-8)
             assert_close(b, layer.lora_B["default"].weight.detach(), rtol=1e-6, atol=1e-8)
         if handle is not None:
-            assert handle.phase == "shrink"
+            assert handle.phase == "penalty"
             assert engine.fisher_of(i) == pytest.approx(handle.fisher(), rel=1e-6)
             fw = RUNS[i][2]["fw"]
             twice = 2 * fw.shrinkage * (4.0 if fw.norm == "update" else 1.0)
@@ -284,7 +284,7 @@ def test_every_lane_is_the_run_that_peft_trains(kind, table):
             for factor in (engine._a_of, engine._b_of):
                 assert engine.coefficients[NORMS.index(fw.norm), i, factor].tolist() == pytest.approx(want, rel=1e-6)
         else:
-            assert not engine.coefficients[:, i].any()
+            assert not any(of_norm[i].any() for of_norm in engine.buffers.coefficients.values())
 
 
 def test_a_lane_in_company_is_the_lane_alone_over_100_steps(table):
@@ -302,7 +302,7 @@ def test_a_lane_in_company_is_the_lane_alone_over_100_steps(table):
 def test_a_diverging_lane_touches_no_other(table):
     world = World("bert", table, dropout=0.1)
     healthy, sick = world.lanes([1, 0, 2]), world.lanes([1, 0, 2])
-    sick.factors[world.targets[0]][0].data[1] = float("nan")
+    sick.buffers.factors[world.targets[0]][0].data[1] = float("nan")
     world.train(healthy, [1, 0, 2], 15)
     losses = world.train(sick, [1, 0, 2], 15)
     assert torch.isnan(losses[-1][1]) and torch.isfinite(losses[-1][[0, 2]]).all()
@@ -336,7 +336,7 @@ def test_padding_of_ranks_stays_zero(table):
     world = World("bert", table)
     engine = world.lanes([2, 1])
     world.train(engine, [2, 1], 20)
-    for a, b in engine.factors.values():
+    for a, b in engine.buffers.factors.values():
         assert not a[0, 1:].any() and not b[0, 1:].any(), "rank 1 in a buffer of rank 4"
         assert a[1, 1:].any()
 
@@ -379,7 +379,7 @@ def test_an_adalora_lane_is_pefts_adalora(table):
 
     targets = targets_of(classifier("bert"))
     runs = [(3, ADA), (2, replace(ADA, final=11, tinit=6, tfinal=5, delta_t=3, orth_reg_weight=0.1))]
-    engine = Lanes(classifier("bert"), targets, 2, 3, spectral=True)
+    engine = LaneEngine(classifier("bert"), targets, 2, 3, svd_parametrized=True)
     for i, (rank, ada) in enumerate(runs):
         s = settings(rank, targets, ada=ada, scale=2.0 / (1 + 1e-5 / rank))
         engine.admit(s, *ada_initial(classifier("bert"), targets, rank, i))
@@ -457,14 +457,14 @@ def test_an_svd_lora_lane_is_the_arm_that_peft_trains(table, tmp_path):
     ]
     arms = [build_method(cfg, backbone, spec, i, 30) for i, cfg in enumerate(cfgs)]
     assert len(set(initial_ranks(cfgs[0], backbone, 30).values())) == 2
-    engine = Lanes(build_classifier(backbone, spec, 9).double(), list(arms[0].adapters()), 2, 3, spectral=True)
+    engine = LaneEngine(build_classifier(backbone, spec, 9).double(), list(arms[0].adapters()), 2, 3, svd_parametrized=True)
     for i, (cfg, arm) in enumerate(zip(cfgs, arms, strict=True)):
         arm.model.double().train()
         engine.admit(lane_settings(cfg, arm, i, 30), arm.adapters(), arm.head())
     for step in range(30):
         rates = [arm.learning_rate(step) for arm in arms]
         batches = [batch_of(words, i, step) for i in range(2)]
-        assert [engine.phase(i) for i in range(2)] == ["steady"] * 2
+        assert [engine.phase(i) for i in range(2)] == ["training"] * 2
         losses = engine.step(pack(words, batches, F64), rates)
         for i, arm in enumerate(arms):
             loss = arm.model(**collate(words, batches[i], 0, "longest", 64)).loss
@@ -512,7 +512,7 @@ def test_the_least_shape_holds_every_batch(table):
     longest = int(table.lengths()[13:].sum())
     assert longest <= shape.tokens < longest + 64
     packed = pack_shaped(table, batches, shape, F64)
-    assert packed.tokens.view(-1)[packed.true].tolist() == [*table.tokens.tolist()]
+    assert packed.tokens.view(-1)[packed.is_token].tolist() == [*table.tokens.tolist()]
     assert packed.weights.sum(1).tolist() == pytest.approx([1.0, 1.0])
 
 
@@ -549,20 +549,19 @@ class Launches(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def launches(engine: Lanes, table: TokenTable, which: Sequence[int], monkeypatch) -> int:
+def launches(engine: LaneEngine, table: TokenTable, which: Sequence[int], monkeypatch) -> int:
     """Launches of the device's part of one step; nothing in it may come from the host either."""
     packed = shaped(table, which, 0)
-    engine.memory(packed)
-    plan = engine._plan_step([1e-3] * len(which), False)
+    drawn = engine._numbers_drawn(packed)
+    plan = plan_step(engine.lanes, [1e-3] * len(which), False, engine.buffers)
 
     def refuse(*_, **__):
         raise AssertionError("a tensor made on the host")
 
-    engine.model.train()
     with monkeypatch.context() as patch, Launches() as mode:
         for name in ("tensor", "as_tensor", "from_numpy"):
             patch.setattr(torch, name, refuse)
-        engine._compute(packed, plan)
+        engine._compute(packed, plan, drawn)
     return mode.count
 
 
@@ -570,7 +569,7 @@ def test_launches_do_not_grow_with_the_lanes(table, monkeypatch):
     world = World("bert", table, dropout=0.1)
     counts = {}
     for lanes in (2, 8):
-        engine = Lanes(classifier("bert", 0.1), world.targets, lanes, 4)
+        engine = LaneEngine(classifier("bert", 0.1), world.targets, lanes, 4)
         for i in range(lanes):
             engine.admit(
                 settings(4, world.targets, seed=i, fw=FW, warmup_steps=1),
@@ -599,7 +598,7 @@ def test_launches_of_the_method(table, monkeypatch, warmup, at_most, a_layer):
         for own in ({}, {"fw": fw, "warmup_steps": warmup}):
             model = BertForSequenceClassification(config).double()
             targets = targets_of(model)
-            engine = Lanes(model, targets, 2, 4)
+            engine = LaneEngine(model, targets, 2, 4)
             for i in range(2):
                 engine.admit(settings(4, targets, seed=i, **own), *initial(model_of(config), targets, 4, i))
             engine.step(shaped(table, [0, 1], 0), [1e-3] * 2)
@@ -618,7 +617,7 @@ def test_an_encoder_in_half_precision_trains_masters_in_fp32(table):
     world = World("bert", table)
     engines = []
     for dtype in (torch.bfloat16, torch.float32):
-        engine = Lanes(classifier("bert").to(dtype), world.targets, 2, 4)
+        engine = LaneEngine(classifier("bert").to(dtype), world.targets, 2, 4)
         for i in which:
             rank, _, own = RUNS[i]
             engine.admit(
@@ -628,8 +627,8 @@ def test_an_encoder_in_half_precision_trains_masters_in_fp32(table):
             engine.step(pack(table, [batch_of(table, i, step) for i in which]), [1e-3] * 2)
         engines.append(engine)
     half, full = engines
-    assert half.values.dtype == half.grads.dtype == torch.float32
-    assert next(iter(half.factors.values()))[0].dtype == torch.bfloat16
+    assert half.buffers.values.dtype == half.buffers.grads.dtype == torch.float32
+    assert next(iter(half.buffers.factors.values()))[0].dtype == torch.bfloat16
     for i in which:
         for name, (a, b) in half.adapters(i).items():
             assert a.dtype == torch.float32
@@ -675,7 +674,7 @@ def test_each_examples_logits_and_adapter_gradients_are_those_of_a_padded_batch(
 
     world = World(kind, table)
     adapters, head = initial(classifier(kind), world.targets, 4, 0)
-    engine = Lanes(classifier(kind).float(), world.targets, 1, 4)
+    engine = LaneEngine(classifier(kind).float(), world.targets, 1, 4)
     engine.admit(settings(4, world.targets), adapters, head)
     model = classifier(kind).float().eval()
     with torch.no_grad():
@@ -690,16 +689,15 @@ def test_each_examples_logits_and_adapter_gradients_are_those_of_a_padded_batch(
     batch = collate(table, index, 1 if kind == "roberta" else 0, "longest", 64)
     labels = batch.pop("labels")
     padded = peft.eval()(**batch).logits
-    engine.model.eval()
     packed = engine.logits(pack(table, [index]))[0]
     assert_close(packed, padded, rtol=1e-5, atol=1e-5)
     for i in range(len(index)):
         peft.zero_grad()
-        engine.grads.zero_()
+        engine.buffers.grads.zero_()
         cross_entropy(padded[i : i + 1], labels[i : i + 1]).backward(retain_graph=True)
         cross_entropy(packed[i : i + 1], labels[i : i + 1]).backward(retain_graph=True)
         for m, name in enumerate(engine.targets):
             layer = peft.base_model.model.get_submodule(name)
-            a, b = engine._factors(engine.grads, m)
+            a, b = engine.buffers.layout.factors(engine.buffers.grads, m)
             assert_close(a[0], layer.lora_A["default"].weight.grad, rtol=1e-4, atol=1e-5)
             assert_close(b[0].T, layer.lora_B["default"].weight.grad, rtol=1e-4, atol=1e-5)

@@ -156,39 +156,38 @@ def test_matrices_decay_and_vectors_do_not(world: World, backbone: Backbone) -> 
 
 def test_every_setting_reaches_the_method() -> None:
     changed = {
-        "lambda_fw": 0.3,
+        "penalty_strength": 0.3,
         "warmup_steps": 7,
-        "fisher_alpha": 0.4,
+        "fisher_ema_decay": 0.4,
         "estimator": "sketch",
-        "every": 3,
+        "fisher_interval": 3,
         "sketch_columns": 2,
-        "averaging": "share",
+        "averaging": "normalized",
         "weighting": "power",
         "gamma": 0.7,
-        "clip": 3.0,
+        "max_weight_ratio": 3.0,
         "normalize_weights": True,
-        "coupling": "decoupled",
-        "norm": "factors",
-        "start": 2,
+        "penalty_mode": "decoupled",
+        "penalty_norm": "factors",
+        "fisher_start": 2,
     }
     assert set(changed) == set(FWLoraSettings.model_fields)
     config = fw_config(FWLoraSettings(**changed), seed=5)
-    own = {"lambda_fw": "shrinkage", "warmup_steps": "warmup", "fisher_alpha": "ema"}
     for key, value in changed.items():
-        assert getattr(config, own.get(key, key)) == value
+        assert getattr(config, key) == value
     assert config.seed == 5
-    assert {own.get(k, k) for k in changed} | {"seed"} == {f.name for f in fields(fwlora.FWLoraConfig)}
+    assert set(changed) | {"seed"} == {f.name for f in fields(fwlora.FWLoraConfig)}
     assert fw_config(FWLoraSettings(), 0) == fwlora.FWLoraConfig()
 
 
 def test_fw_lora_watches_and_then_shrinks(world: World, backbone: Backbone) -> None:
     arm = build(world.config("fw_lora"), backbone)
     assert isinstance(arm, FWLoraMethod)
-    assert arm.phase() == "fisher"
+    assert arm.phase() == "warmup"
     train(arm, 5)
-    assert arm.phase() == "fisher"
+    assert arm.phase() == "warmup"
     train(arm, 1)
-    assert arm.phase() == "steady"
+    assert arm.phase() == "penalty"
     rows = arm.report()
     assert [r.name for r in rows] == list(arm.handle.names) and rows[0].name == (
         "bert.encoder.layer.0.attention.self.query"
@@ -376,7 +375,7 @@ def test_svd_lora_never_prunes(world: World, backbone: Backbone) -> None:
     arm = build(budgeted(world, backbone, "svd_lora", 1.4), backbone, steps=50)
     before = {name: a.shape[0] for name, (a, _, _) in arm.adapters().items()}
     for _ in range(50):
-        assert arm.phase() == "steady"
+        assert arm.phase() == "training"
         train(arm, 1)
     assert {row.name: row.rank for row in arm.report()} == before
     assert all(spectrum.all() for _, _, spectrum in arm.adapters().values()), "no λ was set to zero"
@@ -409,7 +408,7 @@ CONTROLS = {
     "request": {},
     "uniform": {"fw_lora__weighting": "uniform"},
     "permuted": {"fw_lora__weighting": "permuted"},
-    "literal": {"fw_lora__weighting": "uniform", "fw_lora__norm": "factors"},
+    "literal": {"fw_lora__weighting": "uniform", "fw_lora__penalty_norm": "factors"},
 }
 
 

@@ -41,7 +41,7 @@ def record_of(cfg: RunConfig, seed: int = 0, **changes: object) -> Record:
     fields = {
         "run_id": cfg.run_id,
         "seed": seed,
-        "arm": cfg.arm,
+        "method": cfg.method_name,
         "status": "complete",
         "started": now,
         "finished": now,
@@ -76,10 +76,10 @@ def record_of(cfg: RunConfig, seed: int = 0, **changes: object) -> Record:
         ],
         "times": Times(
             train_seconds=3.0,
-            fisher_seconds=1.0,
+            warmup_seconds=1.0,
             steady_seconds=2.0,
             eval_seconds=0.5,
-            phases={"steady": 3.0},
+            phases={"training": 3.0},
         ),
         "total_steps": 10,
         "matrices": [MatrixRow(name="a.b", rank=2, delta_norm=0.5)],

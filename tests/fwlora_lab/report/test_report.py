@@ -224,8 +224,8 @@ def test_ratios_of_seconds(tmp_path):
     assert found["fw_lora", "steady_step_seconds"] == pytest.approx(48 / 225 / (50 / 300))
     assert found["adalora", "train_seconds"] == pytest.approx(1.1) and ("adalora", "fisher_step_seconds") not in found
     (row,) = [row for row in page.rows("seconds-table") if row["method"] == "fw_lora"]
-    assert float(row["fisher_seconds"]) == pytest.approx(0.2 * 60 * 1.015)
-    assert float(row["fisher_seconds"]) + float(row["steady_seconds"]) == pytest.approx(float(row["train_seconds"]))
+    assert float(row["warmup_seconds"]) == pytest.approx(0.2 * 60 * 1.015)
+    assert float(row["warmup_seconds"]) + float(row["steady_seconds"]) == pytest.approx(float(row["train_seconds"]))
 
 
 def test_parameters_and_matrices(small):
@@ -472,12 +472,12 @@ def test_what_makes_a_clock_unfair(tmp_path, engine, shifts, told):
 
 def test_what_a_reader_should_know_first(tmp_path):
     fake_study.study(
-        tmp_path, {"cola": {"lora": LORA, "fw_lora": FW}}, evaluated_on="selection", git_commit="0123-dirty"
+        tmp_path, {"cola": {"lora": LORA, "fw_lora": FW}}, evaluated_on="validation", git_commit="0123-dirty"
     )
     cfg = fake_study.config(tmp_path, "cola", "lora", training={"learning_rate": 0.5})
-    fake_study.write(tmp_path, cfg, fake_study.record(cfg, 0, 0.5, evaluated_on="selection"))
+    fake_study.write(tmp_path, cfg, fake_study.record(cfg, 0, 0.5, evaluated_on="validation"))
     notes = " ".join(analyse(read_study(tmp_path)).notes)
-    assert "Scored on the selection split, not on dev: cola-0.2-fw_lora, cola-0.2-lora." in notes
+    assert "Scored on the validation split, not on dev: cola-0.2-fw_lora, cola-0.2-lora." in notes
     assert "7 of 8 runs were made from source with uncommitted changes" in notes
     assert "made with different run configs: cola-0.2-lora." in notes
 

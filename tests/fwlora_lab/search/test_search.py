@@ -86,7 +86,7 @@ def test_a_search_and_what_it_leaves(world, capsys, monkeypatch):
         assert 1e-4 <= trial.params["training.learning_rate"] <= 1e-1 and trial.params["model.lora.rank"] in (1, 2, 4)
         records = [record_of(cfg, trial.number, seed) for seed in (42, 43)]
         for record in records:
-            assert record.evaluated_on == "selection"
+            assert record.evaluated_on == "validation"
             assert record.config["training"]["learning_rate"] == trial.params["training.learning_rate"]
             assert record.config["model"]["lora"]["rank"] == trial.params["model.lora.rank"]
             assert record.total_steps == 20  # 40 of the 44 examples in batches of 4, two epochs
@@ -101,7 +101,7 @@ def test_a_search_and_what_it_leaves(world, capsys, monkeypatch):
     assert text.startswith("# The best of 4 trials of the search around lora") and f"trial {best.number}," in text
     tuned = load_run(str(folder / "best.yaml"))
     assert tuned.run_id == "lora-best" and tuned.results_dir == cfg.results_dir and tuned.optuna is None
-    assert tuned.dataset == cfg.dataset and tuned.dataset.selection_fraction == 0.0
+    assert tuned.dataset == cfg.dataset and tuned.dataset.validation_fraction == 0.0
     assert tuned.training.evaluate_on == "dev" and tuned.training.save_adapter
     assert tuned.training.learning_rate == best.params["training.learning_rate"]
     assert tuned.model.lora.rank == best.params["model.lora.rank"]
@@ -319,8 +319,8 @@ def test_a_stopped_run_leaves_nothing_and_the_others_go_on(world):
 def test_what_cannot_be_searched(world):
     with pytest.raises(UserError, match="no search space"):
         run_search(world.config("lora"))
-    fraction = {"selection_fraction": {"type": "uniform", "low": 0.1, "high": 0.2}}
-    with pytest.raises(UserError, match="dataset.selection_fraction cannot be searched"):
+    fraction = {"validation_fraction": {"type": "uniform", "low": 0.1, "high": 0.2}}
+    with pytest.raises(UserError, match="dataset.validation_fraction cannot be searched"):
         run_search(config(world, space=fraction))
     with pytest.raises(UserError, match="target_modules"):
         run_search(config(world, model__lora__target_modules=["nothing"]))

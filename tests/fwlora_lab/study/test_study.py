@@ -99,7 +99,7 @@ def test_the_requests_study_is_the_request():
     for cell in found.cells:
         t = cell.cfg.training
         assert (t.epochs, t.batch_size, t.learning_rate, t.warmup_ratio) == (3, 32, 2e-4, 0.06)
-        assert (cell.cfg.fw_lora.lambda_fw, cell.cfg.fw_lora.warmup_steps) == (1e-4, 500)
+        assert (cell.cfg.fw_lora.penalty_strength, cell.cfg.fw_lora.warmup_steps) == (1e-4, 500)
         assert cell.cfg.fw_lora.estimator == "exact" and cell.cfg.model.lora.scale == 2.0
     assert len(found.claims) == 16
 
@@ -114,7 +114,7 @@ def test_every_method_is_tuned_with_the_same_effort():
         rates = [s.dimensions["training.learning_rate"] for s in searches]
         assert [d.high / d.low for d in rates] == pytest.approx([33] * 4, rel=0.02)
         assert [d.low for d in rates] == [3e-4, 1e-3, 3e-4, 3e-4]
-    assert all(c.search.base.training.evaluate_on == "selection" for c in cells)
+    assert all(c.search.base.training.evaluate_on == "validation" for c in cells)
 
 
 def test_words_choose_a_part_and_overrides_reach_every_run(world):
@@ -269,19 +269,19 @@ def test_tuned_methods_train_with_their_best_trials_values(world):
         "fw_lora": {
             "about": "weighted",
             "set": ["method=fw_lora"],
-            "space": {"lambda_fw": {"type": "loguniform", "low": 1e-6, "high": 1e-2}},
+            "space": {"penalty_strength": {"type": "loguniform", "low": 1e-6, "high": 1e-2}},
         },
     }
     found = plan(world, "seeds=0", selection=selection, methods=methods)
     records = run_study(found)
     for record, cell in zip(records, found.cells, strict=True):
         trials = [load_record(p) for p in cell.search.folder.glob("trials/trial-*/seed-77")]
-        assert len(trials) == 3 and {t.evaluated_on for t in trials} == {"selection"}
+        assert len(trials) == 3 and {t.evaluated_on for t in trials} == {"validation"}
         scores = {t.config["training"]["learning_rate"]: t.metrics[t.primary_metric] for t in trials}
         assert scores[record.config["training"]["learning_rate"]] == max(scores.values())
-        assert record.evaluated_on == "dev" and record.config["dataset"]["selection_fraction"] == 0.0
-        lambdas = {t.config["fw_lora"]["lambda_fw"] for t in trials}
-        assert (record.config["fw_lora"]["lambda_fw"] in lambdas) and len(lambdas) == (
+        assert record.evaluated_on == "dev" and record.config["dataset"]["validation_fraction"] == 0.0
+        lambdas = {t.config["fw_lora"]["penalty_strength"] for t in trials}
+        assert (record.config["fw_lora"]["penalty_strength"] in lambdas) and len(lambdas) == (
             3 if cell.method == "fw_lora" else 1
         )
     again = run_study(found)

@@ -56,7 +56,7 @@ def test_lanes_train_what_peft_trains(world):
         assert [m.rank for m in a.matrices] == [m.rank for m in b.matrices]
         for mine, pefts in zip(a.matrices, b.matrices, strict=True):
             assert mine.delta_norm == pytest.approx(pefts.delta_norm, rel=1e-3, abs=1e-5)
-            if a.arm == "fw_lora":
+            if a.method == "fw_lora":
                 assert mine.importance == pytest.approx(pefts.importance, rel=1e-3)
                 assert mine.weight == pytest.approx(pefts.weight, rel=1e-3)
         for mine, pefts in zip(a.epochs, b.epochs, strict=True):

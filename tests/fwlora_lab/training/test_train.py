@@ -89,7 +89,7 @@ def test_two_runs_with_one_seed_are_bitwise_equal(world: World, method: str) -> 
 def test_without_a_penalty_fw_lora_is_lora(world: World, estimator: str) -> None:
     lora = world.config("lora")
     plain = run(lora)
-    without = world.config("fw_lora", fw_lora__lambda_fw=0.0, fw_lora__estimator=estimator)
+    without = world.config("fw_lora", fw_lora__penalty_strength=0.0, fw_lora__estimator=estimator)
     record = run(without)
     assert record.error is None
     np.testing.assert_array_equal(logits(lora), logits(without))
@@ -188,7 +188,7 @@ def test_the_record_tells_the_run(world: World, monkeypatch: pytest.MonkeyPatch)
     events: list[Event] = []
     record = run(cfg, seed=5, listen=events.append)
     assert record == load_record(folder(cfg, 5))
-    assert (record.run_id, record.seed, record.arm) == ("fw_lora", 5, "fw_lora")
+    assert (record.run_id, record.seed, record.method) == ("fw_lora", 5, "fw_lora")
     assert (record.steps, record.total_steps, record.status) == (22, 22, "complete")
     assert record.config["training"]["seed"] == 5
     assert [(e.epoch, e.step) for e in record.epochs] == [(1, 11), (2, 22)]
@@ -198,9 +198,9 @@ def test_the_record_tells_the_run(world: World, monkeypatch: pytest.MonkeyPatch)
     ]
     assert record.machine.precision == "fp32"
     times = record.times
-    assert times is not None and set(times.phases) == {"fisher", "steady"}
-    assert times.fisher_seconds == times.phases["fisher"] > 0
-    assert times.fisher_seconds + times.steady_seconds == pytest.approx(times.train_seconds)
+    assert times is not None and set(times.phases) == {"warmup", "penalty"}
+    assert times.warmup_seconds == times.phases["warmup"] > 0
+    assert times.warmup_seconds + times.steady_seconds == pytest.approx(times.train_seconds)
     data = load_task(cfg.dataset)
     table = tokenize(data.train, load_backbone(cfg.model).tokenizer, 32, True)
     assert (record.examples_per_second or 0) * times.train_seconds == pytest.approx(88)
@@ -215,7 +215,7 @@ def test_the_record_tells_the_run(world: World, monkeypatch: pytest.MonkeyPatch)
     assert kinds == [Note, RunStarted, Evaluated, Evaluated, RunFinished]
     steps = [e for e in events if isinstance(e, StepDone)]
     assert [s.step for s in steps] == sorted({s.step for s in steps}) and steps[-1].step == 22
-    assert steps[-1].phase == "steady" and all(e.seed == 5 for e in events)
+    assert steps[-1].phase == "penalty" and all(e.seed == 5 for e in events)
 
 
 def test_without_save_adapter_there_is_none(world: World) -> None:
@@ -230,9 +230,9 @@ def test_without_save_adapter_there_is_none(world: World) -> None:
 
 
 def test_selection_is_another_split_than_dev(world: World) -> None:
-    cfg = world.config(training__evaluate_on="selection", dataset__selection_fraction=0.25, training__epochs=1)
+    cfg = world.config(training__evaluate_on="selection", dataset__validation_fraction=0.25, training__epochs=1)
     record = run(cfg)
-    assert record.evaluated_on == "selection"
+    assert record.evaluated_on == "validation"
     labels = load_predictions(folder(cfg))[1]
     np.testing.assert_array_equal(labels, load_task(cfg.dataset).selection.labels)
     assert len(labels) == 11 and record.steps == math.ceil(33 / 4)
@@ -257,7 +257,7 @@ def test_evaluation_is_not_training_time(world: World, monkeypatch: pytest.Monke
     monkeypatch.setattr(loop, "collate", batch)
     times = run(world.config("fw_lora")).times
     assert times is not None
-    assert (times.fisher_seconds, times.steady_seconds) == (6.0, 16.0)
+    assert (times.warmup_seconds, times.steady_seconds) == (6.0, 16.0)
     assert (times.train_seconds, times.eval_seconds) == (22.0, 2000.0)
 
 
@@ -317,7 +317,7 @@ def test_runs_share_data_tokens_and_backbone(world: World, monkeypatch: pytest.M
     runs = [RunSpec(world.config(m, training__epochs=1), s) for m in ("lora", "adalora") for s in (1, 0)]
     records = train_runs(runs)
     assert calls == {"load_task": 1, "tokenize": 2, "load_backbone": 1}
-    assert [(r.arm, r.seed) for r in records] == [
+    assert [(r.method, r.seed) for r in records] == [
         ("lora", 1),
         ("lora", 0),
         ("adalora", 1),
