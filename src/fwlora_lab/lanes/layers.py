@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Collection, Sequence
 from functools import partial
 from typing import Any, cast
@@ -152,8 +153,10 @@ class LaneEncoder:
         Raises:
             TypeError: a target is not a Linear of an encoder layer.
         """
-        model.config._attn_implementation = PACKED_ATTENTION
-        self._encoder: nn.Module = model.base_model
+        self._encoder: Any = model.base_model
+        # The encoder's own copy, because other models may be built from the same config.
+        self._encoder.config = copy.copy(self._encoder.config)
+        self._encoder.config._attn_implementation = PACKED_ATTENTION
         layers = cast(nn.ModuleList, self._encoder.get_submodule("encoder.layer"))
         embeddings = self._encoder.get_submodule("embeddings")
         rate = cast(nn.Dropout, embeddings.dropout).p

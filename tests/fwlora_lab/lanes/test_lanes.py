@@ -17,6 +17,8 @@ from torch.nn.functional import cross_entropy
 from torch.testing import assert_close
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import (
+    AttentionInterface,
+    AttentionMaskInterface,
     BertConfig,
     BertForSequenceClassification,
     BertModel,
@@ -31,9 +33,9 @@ import fwlora
 from fwlora import FWLoraConfig
 from fwlora_lab.data.task import TaskSpec
 from fwlora_lab.data.tokens import TokenTable, collate
-from fwlora_lab.lanes.attention import ATTENTION
+from fwlora_lab.lanes.attention import attention
 from fwlora_lab.lanes.engine import LaneEngine
-from fwlora_lab.lanes.packing import Shape, pack, pack_shaped, shape_of
+from fwlora_lab.lanes.packing import Packed, Shape, pack, pack_shaped, shape_of
 from fwlora_lab.lanes.settings import Allocation, LaneSettings
 from fwlora_lab.lanes.step_plan import plan_step
 from fwlora_lab.models.backbones import load_backbone
@@ -89,6 +91,50 @@ def targets_of(model: nn.Module) -> list[str]:
 # Packed batches
 
 
+def packed_attention(
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, *_, scaling: float, packed: Packed, **__
+) -> tuple[Tensor, None]:
+    """The engine's attention as transformers' own layers call it: [E, heads, N, d_head] -> [E, N, heads, d_head]."""
+    lanes, heads, n, width = query.shape
+    tokens = torch.stack((query, key, value), 1).permute(0, 3, 1, 2, 4).reshape(lanes, n, -1)
+    return attention(tokens, None, packed, heads, scaling).view(lanes, n, heads, width), None
+
+
+def windowed_attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    *_,
+    scaling: float,
+    packed: Packed,
+    sliding_window: int | None = None,
+    **__,
+) -> tuple[Tensor, None]:
+    """The same in plain PyTorch from the blocks of `packed`, for a model with a sliding window.
+
+    The engine supports no such model; this shows that the blocks hold each sentence's tokens in their order.
+    """
+    lanes, heads, n, width = query.shape
+    flat = [part.transpose(1, 2).reshape(lanes * n, heads, width) for part in (query, key, value)]
+    results = []
+    for block in packed.blocks:
+        q, k, v = (part[block.token_index].transpose(1, 2) for part in flat)  # [S, heads, T, d_head]
+        position = torch.arange(q.shape[2])
+        seen = block.is_token[:, None, None, :]
+        if sliding_window is not None:
+            seen = seen & ((position[:, None] - position).abs() < sliding_window)
+        scores = (q @ k.mT * scaling).masked_fill(~seen, float("-inf"))
+        # Padding in a block may be out of sight of every token of its sentence: its rows are not used.
+        results.append((scores.softmax(-1) @ v).transpose(1, 2).flatten(0, 1))
+    return torch.cat(results)[packed.from_blocks].view(lanes, n, heads, width), None
+
+
+for name, function in (("test_packed", packed_attention), ("test_windowed", windowed_attention)):
+    AttentionInterface.register(name, function)
+    AttentionMaskInterface.register(name, lambda *_, **__: None)
+
+
 @pytest.mark.parametrize("kind", ["bert", "roberta", "modernbert"])
 def test_packed_is_padded(kind, table):
     torch.manual_seed(0)
@@ -117,7 +163,7 @@ def test_packed_is_padded(kind, table):
         if kind == "modernbert":
             del batch["token_type_ids"]
         want.append(encoder(**batch).last_hidden_state[:, 0])
-    encoder.config._attn_implementation = ATTENTION
+    encoder.config._attn_implementation = "test_windowed" if kind == "modernbert" else "test_packed"
     types = {} if kind == "modernbert" else {"token_type_ids": packed.types}
     hidden = encoder(
         input_ids=packed.tokens, position_ids=packed.positions + offset, packed=packed, **types
@@ -279,10 +325,11 @@ def test_every_lane_is_the_run_that_peft_trains(kind, table):
             assert handle.phase == "penalty"
             assert engine.fisher_of(i) == pytest.approx(handle.fisher(), rel=1e-6)
             fw = RUNS[i][2]["fw"]
-            twice = 2 * fw.shrinkage * (4.0 if fw.norm == "update" else 1.0)
+            twice = 2 * fw.penalty_strength * (4.0 if fw.penalty_norm == "update" else 1.0)
             want = [twice * w for w in handle.weights().values()]
-            for factor in (engine._a_of, engine._b_of):
-                assert engine.coefficients[NORMS.index(fw.norm), i, factor].tolist() == pytest.approx(want, rel=1e-6)
+            coefficients, layout = engine.buffers.coefficients, engine.buffers.layout
+            for factor in (layout.number_of_a, layout.number_of_b):
+                assert coefficients[fw.penalty_norm][i, factor].tolist() == pytest.approx(want, rel=1e-6)
         else:
             assert not any(of_norm[i].any() for of_norm in engine.buffers.coefficients.values())
 
