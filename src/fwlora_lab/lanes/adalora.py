@@ -48,7 +48,7 @@ class LaneAdaLora:
         return weight * norms.sum(1)
 
     def update_scores(self, scored: Tensor) -> None:
-        """Smooth sensitivity and uncertainty after the optimizer's step, for the lanes where `scored` [E, 1] is true."""
+        """Smooth sensitivity and uncertainty after the optimizer's step, for lanes where `scored` [E, 1] is true."""
         buffers, size = self._buffers, self._buffers.layout.adapter_size
         now = (buffers.values[:, :size] * buffers.grads[:, :size]).abs_()
         sensitivity = torch.lerp(now, buffers.sensitivity, self._beta1)

@@ -159,8 +159,9 @@ class LaneEngine:
     def lane_state(self, lane: int) -> dict[str, Tensor]:
         """All that the rest of the run in a lane depends on, as copies by name.
 
-        With the run's settings it is enough for `restore_lane` in another engine, which may have other lanes, a higher
-        rank and more targets.
+        Together with the run's settings it is enough for `restore_lane` in another engine, which may have other lanes
+        and a higher rank. With dropout that engine must have the same targets, because masks are drawn for all of
+        them.
         """
         run = self.lanes[lane]
         state = {name: value.clone() for name, value in self.buffers.state_of(lane, run.settings.ranks).items()}

@@ -116,11 +116,10 @@ class LaneHead:
         # A step is the name of a Linear, the rate of a dropout, or a function.
         self.steps: list[str | float | Callable[[Tensor], Tensor]]
         if kind in ROBERTA_HEADS:
-            p = cast(nn.Dropout, model.get_submodule("classifier.dropout")).p
-            self.steps = [p, "classifier.dense", torch.tanh, p, "classifier.out_proj"]
+            rate = _dropout_rate(model, "classifier.dropout")
+            self.steps = [rate, "classifier.dense", torch.tanh, rate, "classifier.out_proj"]
         elif kind in BERT_HEADS:
-            p = cast(nn.Dropout, model.get_submodule("dropout")).p
-            self.steps = ["bert.pooler.dense", torch.tanh, p, "classifier"]
+            self.steps = ["bert.pooler.dense", torch.tanh, _dropout_rate(model, "dropout"), "classifier"]
         else:
             raise TypeError(f"The lane engine does not support {kind}")
         self.shapes: dict[str, torch.Size] = {
@@ -136,12 +135,16 @@ class LaneHead:
                 values = context.buffers.head_values
                 weight, bias = (context.rows(values[f"{step}.{name}"]) for name in ("weight", "bias"))
                 x = torch.baddbmm(bias[:, None], x, weight.mT)
-            elif isinstance(step, float):
+            elif callable(step):
+                x = step(x)
+            else:
                 mask = context.hidden_mask(x, step, per_sentence=True)
                 x = x if mask is None else x * mask
-            else:
-                x = step(x)
         return x
+
+
+def _dropout_rate(model: PreTrainedModel, name: str) -> float:
+    return cast(nn.Dropout, model.get_submodule(name)).p
 
 
 class LaneEncoder:

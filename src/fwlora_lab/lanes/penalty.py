@@ -48,7 +48,9 @@ class LanePenalty:
             seed=fw.seed,
         )
         square = settings.scale**2 if fw.penalty_norm == "update" else 1.0
-        twice = 2.0 * fw.penalty_strength * square * weights  # the gradient of ‖·‖² has a factor of 2, for A and B alike
+        twice = (
+            2.0 * fw.penalty_strength * square * weights
+        )  # the gradient of ‖·‖² has a factor of 2, for A and B alike
         for numbers in (layout.number_of_a, layout.number_of_b):
             buffers.coefficients[fw.penalty_norm][row, numbers[own]] = twice
         self.fused = self._is_fused_faster()

@@ -310,7 +310,9 @@ class ActiveRun:
     shape: Shape = Shape(0, 0, 0)
 
     @classmethod
-    def taken(cls, index: int, job: Job, engine: LaneEngine, device: torch.device, stack: contextlib.ExitStack) -> ActiveRun:
+    def taken(
+        cls, index: int, job: Job, engine: LaneEngine, device: torch.device, stack: contextlib.ExitStack
+    ) -> ActiveRun:
         started = datetime.now(UTC)
         arm = build_method(job.cfg, job.backbone, job.spec, job.seed, job.total_steps)
         # What the run starts from is what it would start from alone; the lane trains it.
