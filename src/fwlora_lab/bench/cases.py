@@ -15,7 +15,7 @@ from transformers import DataCollatorWithPadding, PrinterCallback, Trainer, Trai
 from fwlora_lab.bench.workload import NEVER, PADDED, WHOLE, Workload
 from fwlora_lab.config.schema import RunConfig
 from fwlora_lab.data.tokens import collate
-from fwlora_lab.lanes.engine import Lanes
+from fwlora_lab.lanes.engine import LaneEngine
 from fwlora_lab.lanes.packing import Packed, Shape, pack, pack_shaped, shape_of
 from fwlora_lab.models.adapter_plan import plan_adapters
 from fwlora_lab.models.classifier import ClassifierSkeleton, build_classifier
@@ -43,7 +43,7 @@ class LaneCase:
             model.bfloat16()
         plan = plan_adapters(cfg, course.backbone, total)
         ranks = plan.initial_ranks()
-        self.engine = Lanes(model, list(ranks), lanes, max(ranks.values()), spectral=method == "adalora")
+        self.engine = LaneEngine(model, list(ranks), lanes, max(ranks.values()), svd_parametrized=method == "adalora")
         skeleton = ClassifierSkeleton(course.backbone, course.spec)
         for seed in range(lanes):
             own = _seeded(cfg, seed)

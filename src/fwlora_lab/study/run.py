@@ -29,7 +29,7 @@ from fwlora_lab.search.trials import is_counted, params_of
 from fwlora_lab.study.plan import PlannedCell, PlannedStudy
 from fwlora_lab.study.workers import train_in_processes
 from fwlora_lab.training.jobs import RunSpec
-from fwlora_lab.training.lane_engine import max_lanes
+from fwlora_lab.training.lane_trainer import max_lanes
 from fwlora_lab.training.scheduler import train_runs
 
 

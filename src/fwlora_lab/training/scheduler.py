@@ -26,7 +26,7 @@ from fwlora_lab.training.events import (
     ignore_event,
 )
 from fwlora_lab.training.jobs import Job, RunSpec, refuse_collisions
-from fwlora_lab.training.lane_engine import LaneEngine, fits, lane_group, max_lanes
+from fwlora_lab.training.lane_trainer import LaneTrainer, fits, lane_group, max_lanes
 from fwlora_lab.training.peft_engine import PeftEngine
 from fwlora_lab.training.resources import ResourceCache
 from fwlora_lab.training.run_record import write_record
@@ -74,7 +74,7 @@ def train_runs(
                 busy += scheduler.train(PeftEngine(resources.device), iter([index]), wait)
             elif index in first:
                 of_group = [jobs[i] for i in first[index]]
-                engine = LaneEngine(of_group, len(of_group), resources)
+                engine = LaneTrainer(of_group, len(of_group), resources)
                 busy += scheduler.train(engine, iter(first[index]), wait)
         waiting = busy
     return [scheduler.records[index] for index in range(len(jobs)) if index in scheduler.records]
@@ -144,7 +144,7 @@ def train_on_demand(
             scheduler.train(PeftEngine(resources.device), iter([index]), wait=True)
         else:
             roomy = [jobs[index], *(job for job in largest if lane_group(job) == group)]
-            engine = LaneEngine(roomy, max_concurrent or max_lanes(resources.device), resources)
+            engine = LaneTrainer(roomy, max_concurrent or max_lanes(resources.device), resources)
             scheduler.train(engine, take_fitting(index, roomy), wait=True)
 
 

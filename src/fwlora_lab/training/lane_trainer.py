@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fwlora_lab.lanes.engine import Lanes
+from fwlora_lab.lanes.engine import LaneEngine
 from fwlora_lab.lanes.packing import Packed, Shape, pack, pack_shaped, shape_of
 from fwlora_lab.models.classifier import build_classifier
 from fwlora_lab.models.methods import new_state, parts_of
@@ -48,14 +48,14 @@ def fits(job: Job, capacity: Sequence[Job]) -> bool:
     return lane_group(job) == lane_group(capacity[0]) and rank <= highest and set(names) <= set(targets)
 
 
-class LaneEngine:
+class LaneTrainer:
     """Runs of one lane group. The lanes are wide enough for every job of `jobs`; there are at most `width` of them."""
 
     def __init__(self, jobs: Sequence[Job], width: int, resources: ResourceCache) -> None:
         self._jobs, self._resources = jobs, resources
         self.device = resources.device
         self.capacity = min(max_lanes(self.device), width)
-        self._lanes: Lanes | None = None  # made when the first run comes: all of them may be trained already
+        self._lanes: LaneEngine | None = None  # made when the first run comes: all of them may be trained already
         self._runs: list[ActiveRun] = []
         self._shapes: dict[int, Shape] = {}
         self._table = jobs[0].train.to(self.device)
@@ -128,7 +128,7 @@ class LaneEngine:
         self._engine.restore_lane(self._runs.index(run), state["lane"])
 
     @property
-    def _engine(self) -> Lanes:
+    def _engine(self) -> LaneEngine:
         assert self._lanes is not None
         return self._lanes
 
@@ -145,13 +145,13 @@ class LaneEngine:
         return max(1, int(min(self.capacity, fit)))
 
 
-def make_lanes(jobs: Sequence[Job], width: int, device: torch.device) -> Lanes:
+def make_lanes(jobs: Sequence[Job], width: int, device: torch.device) -> LaneEngine:
     """Empty lanes on a loaded encoder, with room for every job's matrices and ranks."""
     targets, highest = _extent(jobs)
     model = build_classifier(jobs[0].backbone, jobs[0].spec, 0).to(device)  # type: ignore[arg-type]
     if in_bf16(jobs[0].cfg, device):
         model.bfloat16()  # what is trained stays in fp32
-    return Lanes(model, targets, width, highest, spectral=parts_of(jobs[0].cfg.method_name).spectral)
+    return LaneEngine(model, targets, width, highest, svd_parametrized=parts_of(jobs[0].cfg.method_name).spectral)
 
 
 def _extent(jobs: Sequence[Job]) -> tuple[list[str], int]:
