@@ -1,16 +1,16 @@
-"""TODO"""
+"""The key paths of the schema: walking them, reading and setting them, and what a short or misspelt one means."""
 
 from __future__ import annotations
 
-import difflib
 import types
 from collections.abc import Iterator
 from typing import Annotated, Any, Union, get_args, get_origin
 
+from fwlora_lab.config.block import Block
 from fwlora_lab.config.former_names import present_key, present_leaf
-from fwlora_lab.config.schema import Block, RunConfig
+from fwlora_lab.config.schema import RunConfig
 from fwlora_lab.errors import UserError
-from fwlora_lab.text import did_you_mean
+from fwlora_lab.text import did_you_mean, nearest
 
 
 def _block_of(annotation: Any) -> type[Block] | None:
@@ -40,7 +40,7 @@ _SEARCHED = [k for k in LEAVES if k.split(".")[0] in ("model", "dataset", "train
 
 
 def schema_defaults(block: type[Block] = RunConfig) -> dict[str, Any]:
-    """The schema as Hydra sees it: every key with its default, `???` where there is none."""
+    """The schema as Hydra sees it: every key with its default; `???` marks a key without one."""
     defaults: dict[str, Any] = {}
     for name, field in block.model_fields.items():
         inner = _block_of(field.annotation)
@@ -54,12 +54,14 @@ def schema_defaults(block: type[Block] = RunConfig) -> dict[str, Any]:
 
 
 def get_key(data: Any, key: str) -> Any:
+    """The value under a dotted key of nested dicts."""
     for part in key.split("."):
         data = data[part]
     return data
 
 
 def set_key(data: dict[str, Any], key: str, value: Any) -> None:
+    """Set the value under a dotted key, whose blocks exist."""
     *blocks, last = key.split(".")
     for part in blocks:
         data = data[part]
@@ -67,10 +69,12 @@ def set_key(data: dict[str, Any], key: str, value: Any) -> None:
 
 
 def search_key(name: str) -> str:
-    """The key that a search dimension means.
+    """The key that the name of a search dimension means.
 
-    `batch_size` is `training.batch_size`, `lora_rank` is `model.lora.rank`; dotted keys stand
-    for themselves. Raises UserError for names that mean no key or several.
+    `batch_size` is `training.batch_size`, `lora_rank` is `model.lora.rank`; a whole key is itself.
+
+    Raises:
+        UserError: the name means no key, or several.
     """
     name = present_leaf(present_key(name))
     if name in _SEARCHED:
@@ -88,17 +92,20 @@ def search_key(name: str) -> str:
         "lora_alpha",
         "lora_dropout",
     ]
-    raise UserError(f"{name!r} names no key that can be searched{did_you_mean(name, names)}")
+    raise UserError(f"{name!r} is not a key that can be searched{did_you_mean(name, names)}")
 
 
 def nearest_key(key: str) -> str:
-    """The nearest valid key to one that is not: a sibling, or the same name in another block."""
+    """What follows the message of an unknown key: the same name in another block, or the most similar sibling."""
+    present = present_key(key)
+    if present != key:  # only read where its present name is not given
+        return f": it is the former name of {present}, which is given too; keep one of them"
     block, _, leaf = key.rpartition(".")
     elsewhere = [k for k in KEYS if k.rsplit(".", 1)[-1] == leaf]
     if elsewhere:
         return f" (did you mean {elsewhere[0]!r}?)"
     siblings = [k.removeprefix(f"{block}.") for k in KEYS if k.rpartition(".")[0] == block]
-    close = difflib.get_close_matches(leaf.lower(), siblings, n=1, cutoff=0.55)
-    if close:
-        return f" (did you mean {(block + '.' if block else '') + close[0]!r}?)"
+    close = nearest(leaf, siblings)
+    if close is not None:
+        return f" (did you mean {(block + '.' if block else '') + close!r}?)"
     return did_you_mean(key, KEYS) or (f"; {block or 'a run config'} has {', '.join(siblings)}" if siblings else "")

@@ -26,8 +26,8 @@ from transformers import PreTrainedModel, get_scheduler
 import fwlora
 from fwlora.budget import lora_kwargs
 from fwlora_lab.catalog.methods import register_method_name
+from fwlora_lab.catalog.tasks import TaskSpec
 from fwlora_lab.config.schema import RunConfig
-from fwlora_lab.data.task import TaskSpec
 from fwlora_lab.models.adapter_plan import AdaLoraSchedule, AdapterPlan, plan_adapters
 from fwlora_lab.models.adapter_state import (
     AdaLoraState,

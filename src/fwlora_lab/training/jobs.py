@@ -10,8 +10,9 @@ from typing import Literal, cast
 
 from torch import Tensor
 
+from fwlora_lab.catalog.tasks import TaskSpec
 from fwlora_lab.config.schema import RunConfig
-from fwlora_lab.data.task import TaskData, TaskSpec
+from fwlora_lab.data.task import TaskData
 from fwlora_lab.data.tokens import TokenTable, collate, epoch_batches, length_groups
 from fwlora_lab.errors import UserError
 from fwlora_lab.models.adapter_plan import AdapterPlan

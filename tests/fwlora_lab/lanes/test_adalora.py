@@ -21,7 +21,7 @@ from tiny import World as Tiny
 from torch import Tensor
 from torch.testing import assert_close
 
-from fwlora_lab.data.task import TaskSpec
+from fwlora_lab.catalog.tasks import TaskSpec
 from fwlora_lab.data.tokens import collate
 from fwlora_lab.lanes.engine import LaneEngine
 from fwlora_lab.lanes.packing import pack

@@ -477,7 +477,7 @@ def test_results_that_cannot_be_written_are_told_before_training(
 ) -> None:
     monkeypatch.setattr(peft_engine, "build_method", lambda *_: pytest.fail("loaded the weights"))
     (tmp_path / "file").write_text("")
-    with pytest.raises(UserError, match="cannot write results: Not a directory"):
+    with pytest.raises(UserError, match="cannot be written: Not a directory"):
         run(world.config(results_dir=str(tmp_path / "file")))
 
 
