@@ -72,6 +72,6 @@ def launch(work: Callable[[], Any], workers: int, overrides: Sequence[str], fold
         return hydra_bridge.launch(task, workers, overrides, folder)
     except hydra_bridge.LauncherError as error:
         raise UserError(
-            f"{' '.join(overrides)}: {str(error).rstrip('.')}. The launchers joblib, submitit_local and submitit_slurm come with "
-            "pip install 'fwlora[workers]'"
+            f"{' '.join(overrides)}: {str(error).rstrip('.')}. The launchers joblib, submitit_local and "
+            "submitit_slurm come with pip install 'fwlora[workers]'"
         ) from error
