@@ -39,6 +39,24 @@ def load_task(cfg: DatasetConfig) -> TaskData:
         spec, train, dev, source = load_offline(cfg)
     else:
         spec, train, dev, source = load_files(cfg)
+    return _split(spec, train, dev, source, cfg)
+
+
+def source_of(cfg: DatasetConfig) -> DatasetConfig:
+    """The config of all that `cfg`'s dataset holds: the same examples, none of them carved out or left out.
+
+    Configs that differ only in how they split or tokenize the same examples have equal sources.
+    """
+    unset = ("validation_fraction", "train_examples", "max_length", "padding", "truncation")
+    return cfg.model_copy(update={key: type(cfg).model_fields[key].default for key in unset})
+
+
+def split_task(whole: TaskData, cfg: DatasetConfig) -> TaskData:
+    """What `load_task(cfg)` returns, from the data of `load_task(source_of(cfg))` instead of from the files."""
+    return _split(whole.spec, whole.train, whole.dev, whole.source, cfg)
+
+
+def _split(spec: TaskSpec, train: Examples, dev: Examples, source: str, cfg: DatasetConfig) -> TaskData:
     train, validation = _carve(spec, train, cfg)
     train = _subsample(train, cfg)
     if spec.kind == "classification" and len(set(train.labels.tolist())) < 2:

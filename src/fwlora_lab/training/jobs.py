@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from fwlora_lab.config.checks import check_warmup, warnings_of
-from fwlora_lab.config.schema import RunConfig
-from fwlora_lab.data.load import load_task
+from fwlora_lab.config.schema import DatasetConfig, RunConfig
+from fwlora_lab.data.load import load_task, source_of, split_task
 from fwlora_lab.data.task import TaskData, TaskSpec
 from fwlora_lab.data.tokens import TokenTable, collate, length_groups, tokenize
 from fwlora_lab.errors import UserError
@@ -72,22 +72,32 @@ class ResourceCache:
     """Data, tokens and backbones, each loaded once."""
 
     device: torch.device
+    sources: dict[str, TaskData] = field(default_factory=dict)  # what is in the files, not yet split
     tasks: dict[str, TaskData] = field(default_factory=dict)
     backbones: dict[str, Backbone] = field(default_factory=dict)
     tables: dict[tuple[str, str, str], TokenTable] = field(default_factory=dict)
 
+    def task(self, cfg: DatasetConfig) -> TaskData:
+        """The data of a dataset config; its files are read once, however many configs split them differently."""
+        key = cfg.model_dump_json()
+        if key not in self.tasks:
+            source = source_of(cfg)
+            source_key = source.model_dump_json()
+            if source_key not in self.sources:
+                self.sources[source_key] = load_task(source)
+            self.tasks[key] = split_task(self.sources[source_key], cfg)
+        return self.tasks[key]
+
     def job(self, run: RunSpec) -> Job:
         """The run with all that it needs; refuses what cannot be trained."""
-        tasks, backbones, tables = self.tasks, self.backbones, self.tables
+        backbones, tables = self.backbones, self.tables
         training = run.cfg.training.model_copy(update={"seed": run.seed})
         cfg = run.cfg.model_copy(update={"training": training})
         data_key = cfg.dataset.model_dump_json()
-        if data_key not in tasks:
-            tasks[data_key] = load_task(cfg.dataset)
         backbone_key = f"{cfg.model.pretrained_id}@{cfg.model.revision}"
         if backbone_key not in backbones:
             backbones[backbone_key] = load_backbone(cfg.model)
-        data, backbone = tasks[data_key], backbones[backbone_key]
+        data, backbone = self.task(cfg.dataset), backbones[backbone_key]
         if cfg.dataset.max_length > backbone.max_tokens:
             raise UserError(
                 f"dataset.max_length={cfg.dataset.max_length} is more than the "

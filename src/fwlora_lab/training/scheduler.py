@@ -49,7 +49,12 @@ _MEMORY = 0.5  # the share of the free memory that lanes may take: other process
 _SHAPED = {"cpu": False, "cuda": True}  # a GPU replays one graph, so every batch has one shape
 
 
-def train_runs(runs: Sequence[RunSpec], listen: EventCallback = ignore_event, again: bool = False) -> list[Record]:
+def train_runs(
+    runs: Sequence[RunSpec],
+    listen: EventCallback = ignore_event,
+    again: bool = False,
+    resources: ResourceCache | None = None,
+) -> list[Record]:
     """Train the runs that are not there yet and return the records of all, in order.
 
     A run that fails becomes a failed record, and the others go on; the next call tries it again. A
@@ -62,7 +67,7 @@ def train_runs(runs: Sequence[RunSpec], listen: EventCallback = ignore_event, ag
         KeyboardInterrupt: the run in progress leaves nothing.
     """
     device = pick_device()
-    prepared = ResourceCache(device)
+    prepared = resources or ResourceCache(device)
     jobs = [prepared.job(run) for run in runs]
     refuse_collisions(jobs, again)
     cohort = Scheduler(jobs, device, listen, again)
@@ -82,7 +87,11 @@ def train_runs(runs: Sequence[RunSpec], listen: EventCallback = ignore_event, ag
 
 
 def train_on_demand(
-    draw: Callable[[], RunSpec | None], listen: EventCallback, room: Sequence[RunSpec] = (), at_once: int | None = None
+    draw: Callable[[], RunSpec | None],
+    listen: EventCallback,
+    room: Sequence[RunSpec] = (),
+    at_once: int | None = None,
+    resources: ResourceCache | None = None,
 ) -> None:
     """Train runs that are decided one at a time: `draw` is asked for the next whenever there is a place to train it.
 
@@ -96,7 +105,7 @@ def train_on_demand(
         KeyboardInterrupt: the runs in progress leave nothing.
     """
     device = pick_device()
-    prepared = ResourceCache(device)
+    prepared = resources or ResourceCache(device)
     largest: list[Job] = []
     refusal: UserError | None = None
     for run in room:
