@@ -322,11 +322,11 @@ def _compare_help(parser: argparse.ArgumentParser) -> str:
 
 
 def _compare(options: argparse.Namespace) -> int:
-    from fwlora_lab.study.plan import plan_study, read_words
+    from fwlora_lab.study.plan import plan_study, parse_request
 
     if options.jobs < 1:
         raise UserError(f"--jobs {options.jobs}: must be 1 or more.")
-    plan = plan_study(read_words(options.words))
+    plan = plan_study(parse_request(options.words))
     return _dry_run(plan) if options.dry_run else _study(plan, options.jobs)
 
 
@@ -334,23 +334,16 @@ def _study(plan: PlannedStudy, jobs: int) -> int:
     from fwlora_lab.report.page import write_report
     from fwlora_lab.study.run import run_study
 
-    records = run_study(plan, jobs)
+    records = run_study(plan, workers=jobs)
     print(f"the page: {write_report(plan.results_dir)}")
     return _tell_failures(records)
 
 
 def _dry_run(plan: PlannedStudy) -> int:
-    from fwlora_lab.study.estimate import estimate
+    from fwlora_lab.study.estimate import dry_run_lines
 
-    total = 0.0
-    for row in estimate(plan):
-        tuning = f"{row.trials} trials, " if row.trials else ""
-        there = f" ({row.done} are there)" if row.done else ""
-        print(f"{row.cell.name:32s} {tuning}{row.runs} runs{there}: about {row.seconds / 60:.1f} min", flush=True)
-        total += row.seconds
-    print(
-        f"about {total / 60:.0f} minutes in one process, seeds {', '.join(map(str, plan.seeds))}; nothing was trained"
-    )
+    for line in dry_run_lines(plan):
+        print(line, flush=True)
     return 0
 
 
@@ -402,10 +395,10 @@ def _report(options: argparse.Namespace) -> int:
 
 
 def _demo(options: argparse.Namespace) -> int:
-    from fwlora_lab.study.plan import plan_study, read_words
+    from fwlora_lab.study.plan import plan_study, parse_request
 
     # On a few cores two processes of one thread do more than one of two.
-    return _study(plan_study(read_words(["study=demo", *options.words])), jobs=min(2, os.cpu_count() or 1))
+    return _study(plan_study(parse_request(["study=demo", *options.words])), jobs=min(2, os.cpu_count() or 1))
 
 
 def _bench(options: argparse.Namespace) -> int:

@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 from rich.table import Column, Table
 
-from fwlora_lab.display.width import as_text, output_width, shorten
+from fwlora_lab.display.width import ROOM_FOR_BARS, as_text, output_width, shorten
 from fwlora_lab.records.record import Record
 from fwlora_lab.training.events import Evaluated, Event, Note, RunFailed, RunFinished, RunStarted, StepDone
 
@@ -25,12 +25,12 @@ def show(runs: int, console: Console | None = None) -> Iterator[Callable[[Event]
         return
     columns = (
         TextColumn("{task.description}", table_column=Column(no_wrap=True)),
-        BarColumn(bar_width=None, table_column=Column(ratio=1, min_width=4)),
+        *([BarColumn(bar_width=None)] if console.width >= ROOM_FOR_BARS else []),
         MofNCompleteColumn(),
         TextColumn("{task.fields[state]}", table_column=Column(no_wrap=True, overflow="ellipsis")),
         TimeRemainingColumn(compact=True),
     )
-    with Progress(*columns, console=console, expand=True) as progress:
+    with Progress(*columns, console=console) as progress:
         yield TrainingBars(progress, runs, name_width=console.width // 3).on_event
 
 
@@ -91,7 +91,8 @@ class TrainingBars:
                 state = f"{event.phase}  loss {event.loss:.3f}{self._metric.get(key, '')}"
                 self._progress.update(self._bars[key], completed=event.step, state=state)
             case Evaluated():
-                self._metric[key] = f"  {_metrics(event.metrics)}"
+                metric, score = next(iter(event.metrics.items()))  # the primary one
+                self._metric[key] = f"  {metric.split('_')[0]} {score:.4f}"
                 self._lines.on_event(event)
             case RunFinished() | RunFailed():
                 self._progress.advance(self._all)
@@ -119,7 +120,7 @@ def summary(records: Sequence[Record], width: int | None = None) -> str:
     table.add_column("run", overflow="fold")
     table.add_column("seeds", no_wrap=True)
     table.add_column("metric", no_wrap=True)
-    for heading in ("mean", "sd", "train s", "params %"):
+    for heading in ("mean", "sd", "train s", "param %"):
         table.add_column(heading, justify="right", no_wrap=True)
     for run_id, group in groups.items():
         table.add_row(run_id, *_summary_cells(group))

@@ -12,6 +12,8 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Column
 
+from fwlora_lab.display.width import ROOM_FOR_BARS
+
 SECONDS_BETWEEN_UPDATES = 1.0
 TrialPhase = Literal["running", "complete", "pruned", "failed"]
 
@@ -95,7 +97,7 @@ class SearchProgress:
             line = f"[{len(self._shown & numbers)}/{self._n_trials}] {_trial_line(trial)}"
             self._print(line if self._bar is not None else f"{line} | {state}{self._time_left(len(numbers))}")
         if self._bar is not None:
-            # The bar also counts the parts of running trials, so the number of finished ones is said in words.
+            # The bar also counts the parts of running trials, so the text says how many are finished.
             done = min(len(numbers) + fraction_done, self._n_trials)
             self._bar.update(self._bar_id, completed=done, state=f"{len(numbers)}/{self._n_trials} done {state}")
 
@@ -133,11 +135,8 @@ def search_display(console: Console | None = None) -> Iterator[Progress | None]:
     if not console.is_terminal:
         yield None
         return
-    columns = (
-        TextColumn("{task.description}", table_column=Column(no_wrap=True, overflow="ellipsis", max_width=16)),
-        BarColumn(bar_width=None),
-        TextColumn("{task.fields[state]}", table_column=Column(no_wrap=True, overflow="ellipsis")),
-        TimeRemainingColumn(compact=True),
-    )
-    with Progress(*columns, console=console, expand=True) as bar:
+    state = TextColumn("{task.fields[state]}", table_column=Column(no_wrap=True, overflow="ellipsis"))
+    name = TextColumn("{task.description}", table_column=Column(no_wrap=True, overflow="ellipsis"))
+    wide = [name, BarColumn(bar_width=20)] if console.width >= ROOM_FOR_BARS else []
+    with Progress(*wide, state, TimeRemainingColumn(compact=True), console=console) as bar:
         yield bar

@@ -13,6 +13,7 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
+from fwlora_lab.display.width import shorten
 from fwlora_lab.records.record import Record
 from fwlora_lab.training.events import Event, Note, RunFailed, RunFinished, RunStarted, StepDone
 
@@ -108,35 +109,34 @@ class StudyTable:
 
     def _table(self, width: int) -> Table:
         means = [self._mean(run_id) for run_id in self._cells]
-        shown = self._seeds[: self._seeds_that_fit(width, means)]
-        rest = self._seeds[len(shown) :]
-        table = Table(box=None, pad_edge=False, padding=(0, _GAP, 0, 0), collapse_padding=True)
-        table.add_column(self._metric or "runs", min_width=_MIN_NAME_WIDTH, no_wrap=True, overflow="ellipsis")
-        for seed in shown:
+        shown, name_width = self._fit(width, max(map(len, [_MEAN_HEADING, *means])))
+        seeds, rest = self._seeds[:shown], self._seeds[shown:]
+        table = Table(box=None, pad_edge=False, padding=(0, _GAP, 0, 0))
+        table.add_column(shorten(self._metric or "runs", name_width), no_wrap=True)
+        for seed in seeds:
             table.add_column(_seed_heading(seed), justify="right", no_wrap=True)
         if rest:
             table.add_column(_rest_heading(rest), justify="right", no_wrap=True)
         table.add_column(_MEAN_HEADING, justify="right", no_wrap=True)
         for (run_id, name), mean in zip(self._cells.items(), means, strict=True):
-            cells = [self._cell(run_id, seed) for seed in shown]
+            cells = [self._cell(run_id, seed) for seed in seeds]
             if rest:
                 cells.append(self._count(run_id, rest))
-            table.add_row(name, *cells, mean)
+            table.add_row(shorten(name, name_width), *cells, mean)
         return table
 
-    def _seeds_that_fit(self, width: int, means: Sequence[str]) -> int:
-        """How many seeds have a column of their own; one more column counts the others."""
-        name_width = max(map(len, [self._metric, *self._cells.values()]))
-        # A long name is cut; it may take a third of the table.
-        used = min(name_width, width // 3) + _GAP + max(map(len, [_MEAN_HEADING, *means]))
+    def _fit(self, width: int, mean_width: int) -> tuple[int, int]:
+        """How many seeds get a column of their own (one more column counts the others), and the width of the names."""
+        names = max(map(len, [self._metric or "runs", *self._cells.values()]))
         columns = [max(len(_seed_heading(seed)), _SCORE_WIDTH) + _GAP for seed in self._seeds[:_MAX_SEEDS]]
-        if len(columns) == len(self._seeds) and used + sum(columns) <= width:
-            return len(columns)
-        counts = [self._count(run_id, self._seeds) for run_id in self._cells]
-        used += max(map(len, [_rest_heading(self._seeds), *counts])) + _GAP
-        while columns and used + sum(columns) > width:
+        rest = max(map(len, [_rest_heading(self._seeds), *(self._count(r, self._seeds) for r in self._cells)])) + _GAP
+        available = width - mean_width - _GAP
+        wanted = min(names, max(width // 3, _MIN_NAME_WIDTH))  # long names are cut to a third of the table
+        if len(columns) == len(self._seeds) and sum(columns) + wanted <= available:
+            rest = 0
+        while columns and sum(columns) + rest + wanted > available:
             columns.pop()
-        return len(columns)
+        return len(columns), max(_MIN_NAME_WIDTH, min(names, available - sum(columns) - rest))
 
     def _mean(self, run_id: str) -> str:
         values = list(self._scores[run_id].values())

@@ -6,6 +6,7 @@ import io
 
 from rich.console import Console, RenderableType
 
+ROOM_FOR_BARS = 100  # columns; on a narrower terminal, progress is shown in numbers only
 _UNLIMITED = 10_000  # rich needs a number; for files and pipes, where nothing wraps
 
 

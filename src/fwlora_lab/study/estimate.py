@@ -10,6 +10,7 @@ from typing import Any
 from fwlora_lab.config.checks import check_warmup
 from fwlora_lab.config.schema import RunConfig
 from fwlora_lab.config.validation import with_values
+from fwlora_lab.display.width import shorten
 from fwlora_lab.errors import UserError
 from fwlora_lab.models.methods import fw_config
 from fwlora_lab.search.session import open_study
@@ -21,6 +22,7 @@ from fwlora_lab.training.device import pick_device
 from fwlora_lab.training.jobs import ResourceCache, RunSpec, examples_per_step, steps_per_epoch
 from fwlora_lab.training.scheduler import train_runs
 
+_MAX_NAME_WIDTH = 40
 _PROBE_STEPS = 12
 _PROBE_WARMUP = 0.5  # FW-LoRA's two phases get half of the probe's steps each
 
@@ -36,9 +38,9 @@ class Estimate:
     seconds: float
 
 
-def estimate(plan: PlannedStudy) -> Iterator[Estimate]:
+def estimate(plan: PlannedStudy, resources: ResourceCache | None = None) -> Iterator[Estimate]:
     """Each cell in turn, its seconds from a few real steps; writes nothing in the results folder."""
-    resources = ResourceCache(pick_device())
+    resources = resources or ResourceCache(pick_device())
     trials = {cell.cfg.run_id: _missing_trials(cell) for cell in plan.cells}
     # Tuned values are part of a run's config: complete runs can be told only when the tuning is finished.
     ready = [tune_cell(cell, resources) for cell in plan.cells if not trials[cell.cfg.run_id]]
@@ -49,6 +51,20 @@ def estimate(plan: PlannedStudy) -> Iterator[Estimate]:
         if missing or to_tune:
             seconds = (len(missing) + to_tune) * _seconds_of_a_run(cell.cfg, plan.seeds[0], resources)
         yield Estimate(cell, len(plan.seeds) - len(missing), len(missing), to_tune, seconds)
+
+
+def dry_run_lines(plan: PlannedStudy) -> Iterator[str]:
+    """The estimates as a table that fits 80 columns, each line as soon as its cell is measured."""
+    name_width = min(max(len(cell.name) for cell in plan.cells), _MAX_NAME_WIDTH)
+    columns = f"{{:{name_width}}}  {{:>8}}  {{:>8}}  {{:>8}}  {{:>8}}"
+    yield columns.format("cell", "complete", "runs", "trials", "minutes")
+    total = 0.0
+    for row in estimate(plan):
+        name = shorten(row.cell.name, name_width)
+        yield columns.format(name, row.done, row.runs, row.trials or "", f"{row.seconds / 60:.1f}")
+        total += row.seconds
+    yield f"about {total / 60:.0f} minutes in one process; nothing was trained"
+    yield f"complete: runs that are there; runs, trials: left to train with seeds {', '.join(map(str, plan.seeds))}"
 
 
 def _missing_trials(cell: PlannedCell) -> int:

@@ -32,20 +32,21 @@ from fwlora_lab.training.jobs import ResourceCache, RunSpec
 from fwlora_lab.training.scheduler import lanes_at_once, train_runs
 
 
-def run_study(plan: PlannedStudy, workers: int = 1) -> list[Record]:
+def run_study(plan: PlannedStudy, workers: int = 1, resources: ResourceCache | None = None) -> list[Record]:
     """Tune where the study tunes, train what is missing, and return the records of all runs, in the plan's order.
 
     A run that fails is kept as failed and the others go on.
 
     Args:
         workers: how many processes train at once.
+        resources: data, tokens and backbones that this process has loaded already.
 
     Raises:
         UserError: a record with another config or other data is in the way, a worker died, a cell's trials all failed,
             or results cannot be written.
         KeyboardInterrupt: finished runs are kept; the same call continues.
     """
-    resources = ResourceCache(pick_device())
+    resources = resources or ResourceCache(pick_device())
     for cell in plan.cells:
         resources.task(cell.cfg.dataset)  # faults in the data are reported before anything is written
     write_plan(plan.results_dir, plan.as_record())
