@@ -322,7 +322,7 @@ def _compare_help(parser: argparse.ArgumentParser) -> str:
 
 
 def _compare(options: argparse.Namespace) -> int:
-    from fwlora_lab.study.plan import plan_study, parse_request
+    from fwlora_lab.study.plan import parse_request, plan_study
 
     if options.jobs < 1:
         raise UserError(f"--jobs {options.jobs}: must be 1 or more.")
@@ -395,7 +395,7 @@ def _report(options: argparse.Namespace) -> int:
 
 
 def _demo(options: argparse.Namespace) -> int:
-    from fwlora_lab.study.plan import plan_study, parse_request
+    from fwlora_lab.study.plan import parse_request, plan_study
 
     # On a few cores two processes of one thread do more than one of two.
     return _study(plan_study(parse_request(["study=demo", *options.words])), jobs=min(2, os.cpu_count() or 1))

@@ -17,7 +17,6 @@ from fwlora_lab.display.width import shorten
 from fwlora_lab.records.record import Record
 from fwlora_lab.training.events import Event, Note, RunFailed, RunFinished, RunStarted, StepDone
 
-
 _MAX_SEEDS = 8  # with a column of their own, if the terminal is wide enough
 _GAP = 2  # blanks between columns
 _SCORE_WIDTH = 7  # -0.1234
@@ -58,7 +57,9 @@ class StudyTable:
         if not self._console.is_terminal:
             yield
             return
-        with Live(get_renderable=lambda: self._render(self._console.width), console=self._console, refresh_per_second=2):
+        with Live(
+            get_renderable=lambda: self._render(self._console.width), console=self._console, refresh_per_second=2
+        ):
             yield
 
     def on_event(self, event: Event) -> None:

@@ -13,7 +13,7 @@ from typing import Any
 import optuna
 from optuna.trial import FrozenTrial, TrialState
 
-from fwlora_lab.config.former_names import stored_key
+from fwlora_lab.config.former_names import present_key, stored_key
 from fwlora_lab.config.schema import RunConfig
 from fwlora_lab.config.validation import with_values
 from fwlora_lab.config.yaml_writer import to_yaml
@@ -48,9 +48,8 @@ def print_summary(session: SearchSession, trials: Sequence[FrozenTrial]) -> None
     )
     best = best_of(trials, spec.optuna.direction)
     if best is not None:
-        print(
-            f"best: trial {best.number}, {session.metric} {best.value:.4f} on the validation split, after the last epoch"
-        )
+        score = f"{session.metric} {best.value:.4f}"
+        print(f"best: trial {best.number}, {score} on the validation split, after the last epoch")
         for key, value in params_of(best).items():
             print(f"  {key} = {value}")
         fresh = max(spec.seeds) + 1
@@ -76,7 +75,10 @@ def write_results(session: SearchSession, trials: Sequence[FrozenTrial]) -> None
         warnings.filterwarnings("ignore", message="Attempting to set identical low and high")
         importances = _importances(session.study.study)
         if importances:
-            rows = [["parameter", "importance"], *([key, f"{value:.6g}"] for key, value in importances.items())]
+            rows = [
+                ["parameter", "importance"],
+                *([present_key(key), f"{value:.6g}"] for key, value in importances.items()),
+            ]
             write_atomic(folder / "importances.csv", _csv(rows), ADVICE)
         _plot(session, with_importances=bool(importances))
 

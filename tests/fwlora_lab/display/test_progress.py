@@ -86,7 +86,9 @@ def test_a_search_without_a_terminal_prints_lines(capsys):
     pruned = TrialStatus(3, "pruned", 0.25, {"model.lora.rank": 4})
     status = SearchStatus(running=0, finished=[pruned], best=None)
     progress = SearchProgress("lora", 5, lambda: status)
-    status = SearchStatus(running=1, finished=[pruned, TrialStatus(4, "complete", 0.5, {"model.lora.rank": 8})], best=None)
+    status = SearchStatus(
+        running=1, finished=[pruned, TrialStatus(4, "complete", 0.5, {"model.lora.rank": 8})], best=None
+    )
     progress.note("once")
     progress.note("once")
     progress.update(force=True)

@@ -29,7 +29,7 @@ from fwlora_lab.records.folder import find_records, load_predictions, load_recor
 from fwlora_lab.records.study_plan import load_plan
 from fwlora_lab.study import run as studies
 from fwlora_lab.study.estimate import estimate
-from fwlora_lab.study.plan import plan_study, parse_request
+from fwlora_lab.study.plan import parse_request, plan_study
 from fwlora_lab.study.run import run_study
 from fwlora_lab.study.spec import available_studies, load_study
 from fwlora_lab.training.device import pick_device
@@ -323,7 +323,9 @@ def count_calls(monkeypatch, function) -> list[tuple]:
 
 
 def test_data_and_backbone_are_read_once_in_a_whole_study(world, monkeypatch):
-    found = plan_study(parse_request([f"study={write_two_tasks(world)}", f"results_dir={world.results}", "training.epochs=1"]))
+    found = plan_study(
+        parse_request([f"study={write_two_tasks(world)}", f"results_dir={world.results}", "training.epochs=1"])
+    )
     loaded, backbones = count_calls(monkeypatch, load_task), count_calls(monkeypatch, load_backbone)
     read = count_calls(monkeypatch, load_files)
     resources = ResourceCache(pick_device())
