@@ -38,7 +38,7 @@ class StudyTable:
         self._scores: dict[str, dict[int, float]] = {run_id: {} for run_id in cells}
         self._failed: dict[str, set[int]] = {run_id: set() for run_id in cells}
         self._fraction_done: dict[tuple[str, int], float] = {}  # of the runs in training
-        self._metric = ""
+        self._metrics: dict[str, None] = {}  # the tasks' primary metrics, each once
         self._trained = 0
         self._started = time.monotonic()
         self._notes: dict[str, None] = {}
@@ -47,7 +47,7 @@ class StudyTable:
 
     def add_finished(self, record: Record) -> None:
         """Show the score of a finished run."""
-        self._metric = record.primary_metric
+        self._metrics[record.primary_metric] = None
         self._scores[record.run_id][record.seed] = record.metrics[record.primary_metric]
 
     @contextmanager
@@ -76,7 +76,7 @@ class StudyTable:
                     self.add_finished(event.record)
                     self._trained += event.trained
                     if event.trained:
-                        self._print_run(f"{event.record.metrics[self._metric]:.4f}", event)
+                        self._print_run(f"{event.record.metrics[event.record.primary_metric]:.4f}", event)
                 case RunFailed():
                     self._fraction_done.pop(key, None)
                     self._failed[event.run_id].add(event.seed)
@@ -113,7 +113,7 @@ class StudyTable:
         shown, name_width = self._fit(width, max(map(len, [_MEAN_HEADING, *means])))
         seeds, rest = self._seeds[:shown], self._seeds[shown:]
         table = Table(box=None, pad_edge=False, padding=(0, _GAP, 0, 0))
-        table.add_column(shorten(self._metric or "runs", name_width), no_wrap=True)
+        table.add_column(shorten(self._heading(), name_width), no_wrap=True)
         for seed in seeds:
             table.add_column(_seed_heading(seed), justify="right", no_wrap=True)
         if rest:
@@ -128,7 +128,7 @@ class StudyTable:
 
     def _fit(self, width: int, mean_width: int) -> tuple[int, int]:
         """How many seeds get a column of their own (one more column counts the others), and the width of the names."""
-        names = max(map(len, [self._metric or "runs", *self._cells.values()]))
+        names = max(map(len, [self._heading(), *self._cells.values()]))
         columns = [max(len(_seed_heading(seed)), _SCORE_WIDTH) + _GAP for seed in self._seeds[:_MAX_SEEDS]]
         rest = max(map(len, [_rest_heading(self._seeds), *(self._count(r, self._seeds) for r in self._cells)])) + _GAP
         available = width - mean_width - _GAP
@@ -138,6 +138,11 @@ class StudyTable:
         while columns and sum(columns) + rest + wanted > available:
             columns.pop()
         return len(columns), max(_MIN_NAME_WIDTH, min(names, available - sum(columns) - rest))
+
+    def _heading(self) -> str:
+        if not self._metrics:
+            return "runs"
+        return next(iter(self._metrics)) if len(self._metrics) == 1 else "primary metric"
 
     def _mean(self, run_id: str) -> str:
         values = list(self._scores[run_id].values())

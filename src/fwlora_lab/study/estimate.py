@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import tempfile
+import textwrap
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -22,7 +23,7 @@ from fwlora_lab.training.device import pick_device
 from fwlora_lab.training.jobs import ResourceCache, RunSpec, examples_per_step, steps_per_epoch
 from fwlora_lab.training.scheduler import train_runs
 
-_MAX_NAME_WIDTH = 40
+_MAX_NAME_WIDTH = 37
 _PROBE_STEPS = 12
 _PROBE_WARMUP = 0.5  # FW-LoRA's two phases get half of the probe's steps each
 
@@ -56,15 +57,15 @@ def estimate(plan: PlannedStudy, resources: ResourceCache | None = None) -> Iter
 def dry_run_lines(plan: PlannedStudy) -> Iterator[str]:
     """The estimates as a table that fits 80 columns, each line as soon as its cell is measured."""
     name_width = min(max(len(cell.name) for cell in plan.cells), _MAX_NAME_WIDTH)
-    columns = f"{{:{name_width}}}  {{:>8}}  {{:>8}}  {{:>8}}  {{:>8}}"
-    yield columns.format("cell", "complete", "runs", "trials", "minutes")
+    columns = f"{{:{name_width}}}  {{:>8}}  {{:>9}}  {{:>11}}  {{:>7}}"
+    yield columns.format("cell", "complete", "runs left", "trials left", "minutes")
     total = 0.0
     for row in estimate(plan):
         name = shorten(row.cell.name, name_width)
-        yield columns.format(name, row.done, row.runs, row.trials or "", f"{row.seconds / 60:.1f}")
+        yield columns.format(name, row.done, row.runs, row.trials, f"{row.seconds / 60:.1f}")
         total += row.seconds
-    yield f"about {total / 60:.0f} minutes in one process; nothing was trained"
-    yield f"complete: runs that are there; runs, trials: left to train with seeds {', '.join(map(str, plan.seeds))}"
+    seeds = ", ".join(map(str, plan.seeds))
+    yield from textwrap.wrap(f"about {total / 60:.0f} minutes in one process, seeds {seeds}; nothing was trained", 80)
 
 
 def _missing_trials(cell: PlannedCell) -> int:

@@ -66,3 +66,13 @@ def test_the_table_fits_the_terminal(tmp_path, width, seeds):
     shown = head.count("seed ")
     assert shown >= 1 and (shown == min(seeds, 8)) == (width >= (80 if seeds == 3 else 200))
     assert f"{seeds - shown} more" in head or shown == seeds
+
+
+def test_the_heading_names_no_metric_that_some_rows_do_not_have(tmp_path):
+    configs = [fake_study.config(tmp_path, task, "lora") for task in ("cola", "sst2")]
+    table = StudyTable({cfg.run_id: cfg.run_id for cfg in configs}, [0], 2)
+    headings = []
+    for cfg in configs:
+        table.add_finished(fake_study.record(cfg, 0, 0.5))
+        headings.append(printed(table._render(100), 100)[0].split("  ")[0])
+    assert headings == ["matthews_correlation", "primary metric"]

@@ -28,7 +28,7 @@ from fwlora_lab.models.backbones import load_backbone
 from fwlora_lab.records.folder import find_records, load_predictions, load_record, status_of
 from fwlora_lab.records.study_plan import load_plan
 from fwlora_lab.study import run as studies
-from fwlora_lab.study.estimate import estimate
+from fwlora_lab.study.estimate import dry_run_lines, estimate
 from fwlora_lab.study.plan import parse_request, plan_study
 from fwlora_lab.study.run import run_study
 from fwlora_lab.study.spec import available_studies, load_study
@@ -295,6 +295,10 @@ def test_the_dry_run_says_what_is_left_and_trains_nothing(world, capsys):
     rows = list(estimate(plan(world, "seeds=0..3")))
     assert [(row.done, row.runs, row.trials) for row in rows] == [(1, 3, 0)] * 2
     assert all(row.seconds > 0 for row in rows)
+    lines = list(dry_run_lines(plan(world, "seeds=0..30", budgets=[7.0, 8.0])))
+    assert max(map(len, lines)) <= 80
+    assert [line.split()[-4:-1] for line in lines[1:5]] == [["1", "30", "0"]] * 2 + [["0", "31", "0"]] * 2
+    assert " ".join(lines[5:]).endswith("28, 29, 30; nothing was trained")
     assert sorted(world.results.rglob("*")) == before
     record = find_records(world.results)[0]
     assert rows[1].seconds / 3 < 30 * (record.times.train_seconds + record.times.eval_seconds)
