@@ -19,6 +19,15 @@ import tempfile
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
+# The command line moved from a module into a folder.
+COMMAND_LINE = """
+import sys
+try:
+    from fwlora_lab.cli.main import main
+except ModuleNotFoundError:
+    from fwlora_lab.cli import main
+sys.exit(main())
+"""
 METHODS, ENGINES = ("lora", "adalora", "fw_lora"), ("lanes", "peft")
 SETTINGS = ("dataset.train_examples=320", "training.epochs=2", "model.lora.dropout=0.1", "seeds=0,1")
 
@@ -28,7 +37,7 @@ def train(source: Path, results: Path) -> None:
     environment = {**os.environ, "PYTHONPATH": str(source / "src"), "OMP_NUM_THREADS": "1"}
     for engine in ENGINES:
         runs = ",".join(f"demo-{method}" for method in METHODS)
-        command = [sys.executable, "-c", "import sys; from fwlora_lab.cli import main; sys.exit(main())", "train"]
+        command = [sys.executable, "-c", COMMAND_LINE, "train"]
         words = [f"run={runs}", f"training.engine={engine}", f"results_dir={results / engine}", *SETTINGS]
         subprocess.run([*command, *words], env=environment, cwd=results.parent, check=True)
 
@@ -55,9 +64,10 @@ def main() -> int:
     parser.add_argument("new", nargs="?", help="the other one (default: the working tree)")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
-        found = []
+        found: list[dict[str, object]] = []
         for place, revision in (("old", options.old), ("new", options.new)):
             source = ROOT
+            Path(folder, place).mkdir()
             if revision is not None:
                 source = Path(folder, f"source-{place}")
                 subprocess.run(["git", "worktree", "add", "--detach", source, revision], cwd=ROOT, check=True)

@@ -14,10 +14,9 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from fwlora_lab.data.files import load_files
-from fwlora_lab.data.glue import load_glue
-from fwlora_lab.data.offline.task import load_offline
-from fwlora_lab.data.task import Examples, TaskData, TaskSpec
+from fwlora_lab.catalog.tasks import TaskSpec, source_of
+from fwlora_lab.config.checks import check_dataset
+from fwlora_lab.data.task import Examples, TaskData
 from fwlora_lab.errors import UserError
 
 if TYPE_CHECKING:
@@ -33,26 +32,23 @@ def load_task(cfg: DatasetConfig) -> TaskData:
 
     Raises UserError naming the file, the line and the column, and the cure.
     """
-    if cfg.name == "glue":
-        spec, train, dev, source = load_glue(cfg)
-    elif cfg.name == "offline":
-        spec, train, dev, source = load_offline(cfg)
-    else:
-        spec, train, dev, source = load_files(cfg)
-    return _split(spec, train, dev, source, cfg)
+    check_dataset(cfg)
+    data_source = source_of(cfg.name)
+    assert data_source is not None  # the schema refuses other names
+    return _split(*data_source.resolve_loader()(cfg), cfg)
 
 
-def source_of(cfg: DatasetConfig) -> DatasetConfig:
-    """The config of all that `cfg`'s dataset holds: the same examples, none of them carved out or left out.
+def whole_dataset(cfg: DatasetConfig) -> DatasetConfig:
+    """The config of the same examples with none of them carved out or left out.
 
-    Configs that differ only in how they split or tokenize the same examples have equal sources.
+    Configs that differ only in how they split or tokenize the same examples have the same whole.
     """
     unset = ("validation_fraction", "train_examples", "max_length", "padding", "truncation")
     return cfg.model_copy(update={key: type(cfg).model_fields[key].default for key in unset})
 
 
 def split_task(whole: TaskData, cfg: DatasetConfig) -> TaskData:
-    """What `load_task(cfg)` returns, from the data of `load_task(source_of(cfg))` instead of from the files."""
+    """What `load_task(cfg)` returns, from the data of `load_task(whole_dataset(cfg))` instead of from the files."""
     return _split(whole.spec, whole.train, whole.dev, whole.source, cfg)
 
 

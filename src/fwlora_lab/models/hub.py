@@ -20,7 +20,7 @@ from huggingface_hub.errors import (
 )
 from huggingface_hub.utils import disable_progress_bars, get_session
 
-from fwlora_lab.catalog.encoders import ALIASES, PINNED
+from fwlora_lab.catalog.encoders import MINILM, aliases, pinned_revisions
 from fwlora_lab.errors import UserError
 from fwlora_lab.models.load_errors import WHAT_CAN_BE_MEANT, first_line
 from fwlora_lab.text import did_you_mean
@@ -44,7 +44,7 @@ WEIGHT_FILES = ["model.safetensors", "model.safetensors.index.json", "model-*.sa
 
 def is_hub_id(wanted: str) -> bool:
     """A known id, or the shape of one where no folder of that name lies."""
-    if wanted in ALIASES or wanted in PINNED:
+    if wanted in aliases() or wanted in pinned_revisions():
         return True
     if os.path.exists(wanted):
         return False
@@ -53,11 +53,12 @@ def is_hub_id(wanted: str) -> bool:
 
 def commit_of(repo: str, revision: str | None) -> str:
     """The full commit hash that stands in the config or is pinned here; a branch is not a pin."""
-    if revision is None and repo in PINNED:
-        return PINNED[repo]
+    pinned = pinned_revisions()
+    if revision is None and repo in pinned:
+        return pinned[repo]
     if revision is not None and _COMMIT.fullmatch(revision):
         return revision
-    known = ["minilm", *ALIASES, *PINNED]
+    known = [MINILM.pretrained_id, *aliases(), *pinned]
     no_folder = "" if revision else " and no folder of that name lies here"
     problem = (
         f"model.revision={revision!r} is not a full commit hash (40 characters 0-9a-f)"

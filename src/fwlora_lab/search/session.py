@@ -14,7 +14,7 @@ from fwlora_lab.search.spec import SearchSpec
 from fwlora_lab.search.storage import storage_url
 from fwlora_lab.search.trials import best_of, cause_of, finished, params_of
 from fwlora_lab.training.device import pick_device
-from fwlora_lab.training.jobs import ResourceCache
+from fwlora_lab.training.resources import ResourceCache
 
 _PHASES: dict[TrialState, TrialPhase] = {
     TrialState.RUNNING: "running",

@@ -9,18 +9,18 @@ from dataclasses import dataclass
 from typing import Any
 
 from fwlora_lab.config.checks import check_warmup
-from fwlora_lab.config.schema import RunConfig
+from fwlora_lab.config.schema import RunConfig, warmup_length
 from fwlora_lab.config.validation import with_values
 from fwlora_lab.display.width import shorten
 from fwlora_lab.errors import UserError
-from fwlora_lab.models.methods import fw_config
 from fwlora_lab.search.session import open_study
 from fwlora_lab.search.trials import finished
 from fwlora_lab.study.inventory import take_inventory
 from fwlora_lab.study.plan import PlannedCell, PlannedStudy
 from fwlora_lab.study.run import tune_cell
 from fwlora_lab.training.device import pick_device
-from fwlora_lab.training.jobs import ResourceCache, RunSpec, examples_per_step, steps_per_epoch
+from fwlora_lab.training.jobs import RunSpec, examples_per_step, steps_per_epoch
+from fwlora_lab.training.resources import ResourceCache
 from fwlora_lab.training.scheduler import train_runs
 
 _MAX_NAME_WIDTH = 37
@@ -93,7 +93,7 @@ def _seconds_of_a_run(cfg: RunConfig, seed: int, resources: ResourceCache) -> fl
     warmup = 0
     if cfg.method_name == "fw_lora":
         check_warmup(cfg, steps, examples)
-        warmup = fw_config(cfg.fw_lora, seed).resolve_warmup_steps(steps)
+        warmup = warmup_length(cfg.fw_lora.warmup_steps, steps)
         changes |= {"fw_lora.warmup_steps": _PROBE_WARMUP, "fw_lora.fisher_start": 0}
     with tempfile.TemporaryDirectory() as folder:
         probe = with_values(cfg, changes | {"results_dir": folder})

@@ -10,7 +10,7 @@ from fwlora_lab.errors import UserError
 from fwlora_lab.records.folder import RunDir, differences, load_record, status_of
 from fwlora_lab.records.record import Record
 from fwlora_lab.study.plan import PlannedCell
-from fwlora_lab.training.jobs import ResourceCache
+from fwlora_lab.training.resources import ResourceCache
 
 
 @dataclass(frozen=True)

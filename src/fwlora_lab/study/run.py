@@ -28,8 +28,10 @@ from fwlora_lab.study.inventory import Inventory, run_folder, take_inventory
 from fwlora_lab.study.plan import PlannedCell, PlannedStudy
 from fwlora_lab.study.workers import train_in_processes
 from fwlora_lab.training.device import pick_device
-from fwlora_lab.training.jobs import ResourceCache, RunSpec
-from fwlora_lab.training.scheduler import lanes_at_once, train_runs
+from fwlora_lab.training.jobs import RunSpec
+from fwlora_lab.training.lane_trainer import max_lanes
+from fwlora_lab.training.resources import ResourceCache
+from fwlora_lab.training.scheduler import train_runs
 
 
 def run_study(plan: PlannedStudy, workers: int = 1, resources: ResourceCache | None = None) -> list[Record]:
@@ -53,7 +55,7 @@ def run_study(plan: PlannedStudy, workers: int = 1, resources: ResourceCache | N
     plan = replace(plan, cells=tuple(tune_cell(cell, resources, workers) for cell in plan.cells))
     inventory = take_inventory(plan.cells, plan.seeds, resources)
     inventory.refuse_conflicts()
-    batches = _batches_of_runs(plan, inventory, lanes_at_once())
+    batches = _batches_of_runs(plan, inventory, max_lanes())
     names = {cell.cfg.run_id: cell.name for cell in plan.cells}
     table = StudyTable(names, plan.seeds, sum(len(batch) for batch in batches))
     for record in inventory.complete.values():

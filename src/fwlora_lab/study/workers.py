@@ -15,8 +15,9 @@ from fwlora_lab.config.schema import RunConfig
 from fwlora_lab.errors import UserError
 from fwlora_lab.training.device import pick_device
 from fwlora_lab.training.events import EventCallback
-from fwlora_lab.training.jobs import ResourceCache, RunSpec
+from fwlora_lab.training.jobs import RunSpec
 from fwlora_lab.training.launch import leave_with
+from fwlora_lab.training.resources import ResourceCache
 from fwlora_lab.training.scheduler import train_runs
 
 

@@ -22,12 +22,12 @@ from ruamel.yaml import YAML
 
 import fwlora
 from fwlora_lab.catalog.methods import METHODS
-from fwlora_lab.catalog.tasks import GLUE_SUBSETS
+from fwlora_lab.catalog.tasks import GLUE
 from fwlora_lab.config.checks import check_warmup, reads, warnings_of
 from fwlora_lab.config.fingerprint import fingerprint
 from fwlora_lab.config.keys import KEYS, search_key
 from fwlora_lab.config.load import expand_runs, load_run, validate_file
-from fwlora_lab.config.schema import FWLoraSettings, RunConfig
+from fwlora_lab.config.schema import FWLoraSettings, RunConfig, warmup_length
 from fwlora_lab.config.search_space import dimensions_of
 from fwlora_lab.config.tree import CONF, available_runs
 from fwlora_lab.config.yaml_writer import to_yaml
@@ -465,6 +465,13 @@ def test_a_config_cannot_be_changed():
         load_run("demo-lora").method = "fw_lora"  # type: ignore[misc]
 
 
+@pytest.mark.parametrize("total_steps", [2, 3, 7, 100, 501])
+@pytest.mark.parametrize("warmup_steps", [1, 0.001, 0.25, 0.5, 1 / 3, 0.499])
+def test_the_length_of_the_warmup_is_that_of_the_method(warmup_steps, total_steps):
+    method = fwlora.FWLoraConfig(warmup_steps=warmup_steps)
+    assert warmup_length(warmup_steps, total_steps) == method.resolve_warmup_steps(total_steps)
+
+
 # --- writing -----------------------------------------------------------------------------------
 
 TEXT = st.one_of(
@@ -528,7 +535,7 @@ def configs(draw):
         "validation_fraction": draw(SMALL),
     }
     if kind == "glue":
-        dataset["subset"] = draw(st.sampled_from(GLUE_SUBSETS))
+        dataset["subset"] = draw(st.sampled_from(list(GLUE)))
     if kind in ("csv", "jsonl"):
         a, b, c = draw(st.lists(TEXT, min_size=3, max_size=3, unique=True))
         dataset |= {

@@ -35,9 +35,9 @@ from transformers import (
     ViTConfig,
 )
 
+from fwlora_lab.catalog.tasks import TaskSpec
 from fwlora_lab.cli.doctor import doctor_lines
 from fwlora_lab.config.schema import ModelConfig
-from fwlora_lab.data.task import TaskSpec
 from fwlora_lab.errors import UserError
 from fwlora_lab.models.backbones import load_backbone
 from fwlora_lab.models.classifier import build_classifier, head_modules
@@ -603,7 +603,7 @@ from huggingface_hub import constants
 from fwlora_lab.models.classifier import build_classifier
 from fwlora_lab.models.backbones import load_backbone
 from fwlora_lab.config.schema import DatasetConfig, ModelConfig
-from fwlora_lab.data.task import TaskSpec
+from fwlora_lab.catalog.tasks import TaskSpec
 from fwlora_lab.data.load import load_task
 
 spec = TaskSpec("t", "classification", ("no", "yes"), 1, ("accuracy",), "accuracy")

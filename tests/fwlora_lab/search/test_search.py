@@ -31,7 +31,7 @@ from fwlora_lab.search.shared_study import SharedStudy
 from fwlora_lab.search.spec import SearchSpec
 from fwlora_lab.search.storage import storage_url
 from fwlora_lab.search.trials import best_of, cause_of, is_counted
-from fwlora_lab.training import scheduler
+from fwlora_lab.training import lane_trainer
 from fwlora_lab.training.events import Evaluated, StopRun
 from fwlora_lab.training.jobs import RunSpec
 from fwlora_lab.training.scheduler import train_runs
@@ -266,8 +266,8 @@ def test_pruners_by_name(world):
 
 def test_trials_share_one_backbone_and_a_free_lane_takes_the_next(world, monkeypatch):
     engines, running = [], []
-    build, claim = scheduler._lanes_for, SharedStudy.claim
-    monkeypatch.setattr(scheduler, "_lanes_for", lambda *args: engines.append(build(*args)) or engines[-1])
+    build, claim = lane_trainer.make_lanes, SharedStudy.claim
+    monkeypatch.setattr(lane_trainer, "make_lanes", lambda *args: engines.append(build(*args)) or engines[-1])
 
     def counted(self, *args):
         trial = claim(self, *args)
@@ -287,8 +287,8 @@ def test_trials_share_one_backbone_and_a_free_lane_takes_the_next(world, monkeyp
 
 def test_what_cannot_share_lanes_gets_lanes_of_its_own(world, monkeypatch):
     engines = []
-    build = scheduler._lanes_for
-    monkeypatch.setattr(scheduler, "_lanes_for", lambda *args: engines.append(build(*args)) or engines[-1])
+    build = lane_trainer.make_lanes
+    monkeypatch.setattr(lane_trainer, "make_lanes", lambda *args: engines.append(build(*args)) or engines[-1])
     space = {"max_length": {"type": "categorical", "choices": [16, 32]}}
     cfg = config(world, space=space, optuna__n_jobs=2, optuna__n_trials=4, optuna__sampler="random", training__epochs=1)
     run_search(cfg)
@@ -303,7 +303,7 @@ def test_a_trial_in_lanes_scores_what_the_run_scores_alone(world):
     run_search(cfg)
     search, trial = SearchSpec.of(cfg), trials_of(cfg)[1]
     alone = search.trial_config(1, trial.params)
-    (record,) = train_runs([RunSpec(alone, 42)], again=True)
+    (record,) = train_runs([RunSpec(alone, 42)], overwrite=True)
     assert record.metrics["accuracy"] == pytest.approx(trial.value)
 
 

@@ -242,17 +242,17 @@ def stoppable(config_json: str, log: str) -> None:
     """The command in a process of its own, slow enough to be interrupted, its screen in a file."""
     import sys
 
-    from fwlora_lab.training import scheduler
+    from fwlora_lab.training.lane_trainer import LaneTrainer
 
     results._plot = lambda *_, **__: None
     signal.signal(signal.SIGINT, signal.default_int_handler)  # a process in the background may ignore it
-    tick = scheduler.Scheduler._tick
+    step = LaneTrainer.step
 
     def slowly(self, *args) -> None:
         time.sleep(0.5)  # 11 steps: a trial outlasts whatever a busy machine does between its start and the signal
-        tick(self, *args)
+        step(self, *args)
 
-    scheduler.Scheduler._tick = slowly  # type: ignore[method-assign]
+    LaneTrainer.step = slowly  # type: ignore[method-assign]
     sys.stdout = open(log, "w", buffering=1)
     try:
         run_search(RunConfig.model_validate_json(config_json))

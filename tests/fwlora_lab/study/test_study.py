@@ -33,7 +33,7 @@ from fwlora_lab.study.plan import parse_request, plan_study
 from fwlora_lab.study.run import run_study
 from fwlora_lab.study.spec import available_studies, load_study
 from fwlora_lab.training.device import pick_device
-from fwlora_lab.training.jobs import ResourceCache
+from fwlora_lab.training.resources import ResourceCache
 from fwlora_lab.training.scheduler import train_runs
 
 # A server process that has imported everything: each study is a fork of it, and starts at once.
@@ -213,7 +213,7 @@ def test_a_study_trains_what_is_missing_and_nothing_twice(world, monkeypatch):
         return train_runs(runs, on_event, **more)
 
     monkeypatch.setattr(studies, "train_runs", noted)
-    monkeypatch.setattr(studies, "lanes_at_once", lambda: 2)
+    monkeypatch.setattr(studies, "max_lanes", lambda: 2)
     first = run_study(plan(world, "seeds=0"))
     assert [(r.run_id, r.seed, r.status) for r in first] == [
         ("csv-7-lora", 0, "complete"),

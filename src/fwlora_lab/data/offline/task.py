@@ -6,32 +6,19 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from fwlora_lab.catalog.tasks import OFFLINE, TaskSpec
 from fwlora_lab.data.offline import sentences
-from fwlora_lab.data.task import Examples, TaskSpec
-from fwlora_lab.errors import UserError
+from fwlora_lab.data.task import Examples
 
 if TYPE_CHECKING:
     from fwlora_lab.config.schema import DatasetConfig
 
 OFFLINE_TRAIN, OFFLINE_DEV = 1200, 400
-_OFFLINE = TaskSpec(
-    name="offline",
-    kind="classification",
-    labels=("broken", "acceptable"),
-    text_fields=1,
-    metrics=("matthews_correlation", "accuracy"),
-    primary="matthews_correlation",
-)
 
 
 def load_offline(cfg: DatasetConfig) -> tuple[TaskSpec, Examples, Examples, str]:
-    if (cfg.split, cfg.eval_split) != ("train", "validation"):
-        raise UserError(
-            "dataset.split, dataset.eval_split: the offline task has 'train' and 'validation' in "
-            f"these roles, not {cfg.split!r} and {cfg.eval_split!r}"
-        )
     rows = sentences.sentences(cfg.seed, OFFLINE_TRAIN + OFFLINE_DEV)
     both = Examples(tuple(text for text, _ in rows), np.array([label for _, label in rows], dtype=np.int64))
     train, dev = np.split(np.arange(len(both)), [OFFLINE_TRAIN])
     source = f"offline grammar (synthetic sentences), seed {cfg.seed}"
-    return _OFFLINE, both.take(train), both.take(dev), source
+    return OFFLINE.spec, both.take(train), both.take(dev), source
