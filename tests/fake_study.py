@@ -194,7 +194,7 @@ def full_study(folder: Path, seeds: int = 6, layers: int = 6, budgets: Sequence[
                 cfg = config(folder, task, method, budget)
                 cells.append(StudyCell(task=task, budget=budget, method=method, run_id=cfg.run_id))
                 for seed in range(seeds):
-                    difficulty = luck[seed] + 0.08 * rng.random(len(labels))
+                    hard = luck[seed] + 0.08 * rng.random(len(labels))
                     hit = difficulty < np.quantile(
                         difficulty, share + 0.01 * np.log(budget / 0.2) + 0.006 * rng.normal()
                     )

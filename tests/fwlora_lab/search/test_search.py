@@ -281,7 +281,7 @@ def test_trials_share_one_backbone_and_a_free_lane_takes_the_next(world, monkeyp
     run_search(cfg)
     assert states(cfg) == ["COMPLETE"] * 7
     assert len(engines) == 1, "one engine with room for the highest rank of the space"
-    assert engines[0].rank == 4 and engines[0].width == 3
+    assert engines[0].buffers.layout.rank == 4 and engines[0].width == 3
     assert running[:3] == [1, 2, 3] and max(running) == 3
 
 

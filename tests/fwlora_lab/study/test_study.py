@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import multiprocessing
 import os
+import queue
 import random
 import signal
 import sys
@@ -28,11 +29,13 @@ from fwlora_lab.models.backbones import load_backbone
 from fwlora_lab.records.folder import find_records, load_predictions, load_record, status_of
 from fwlora_lab.records.study_plan import load_plan
 from fwlora_lab.study import run as studies
+from fwlora_lab.study import workers
 from fwlora_lab.study.estimate import dry_run_lines, estimate
 from fwlora_lab.study.plan import parse_request, plan_study
 from fwlora_lab.study.run import run_study
 from fwlora_lab.study.spec import available_studies, load_study
 from fwlora_lab.training.device import pick_device
+from fwlora_lab.training.events import RunFinished
 from fwlora_lab.training.resources import ResourceCache
 from fwlora_lab.training.scheduler import train_runs
 
@@ -345,6 +348,22 @@ def test_data_and_backbone_are_read_once_in_a_whole_study(world, monkeypatch):
     # Also where nothing is passed from one call to the next.
     assert run_study(found) == records
     assert len(loaded) == 2 and not backbones
+
+
+def test_a_worker_process_reads_data_and_backbone_once_for_all_batches(world, monkeypatch):
+    found = plan(world, "seeds=0", "training.epochs=1")
+    loaded, backbones = count_calls(monkeypatch, load_task), count_calls(monkeypatch, load_backbone)
+    monkeypatch.setattr(workers, "_worker", None)
+    monkeypatch.setattr(workers, "leave_with", lambda parent: None)  # this process is not a worker
+    events: queue.SimpleQueue = queue.SimpleQueue()
+    workers._start_worker(events, 1, os.getpid())
+    for cell in found.cells:
+        workers._train_in_worker([(cell.cfg.model_dump_json(), 0)])
+    assert len(loaded) == len(backbones) == 1
+    trained = [
+        event.run_id for event in (events.get() for _ in range(events.qsize())) if isinstance(event, RunFinished)
+    ]
+    assert trained == [cell.cfg.run_id for cell in found.cells]
 
 
 def test_each_run_is_looked_up_once(world, monkeypatch):
