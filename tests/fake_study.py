@@ -195,9 +195,7 @@ def full_study(folder: Path, seeds: int = 6, layers: int = 6, budgets: Sequence[
                 cells.append(StudyCell(task=task, budget=budget, method=method, run_id=cfg.run_id))
                 for seed in range(seeds):
                     hard = luck[seed] + 0.08 * rng.random(len(labels))
-                    hit = difficulty < np.quantile(
-                        difficulty, share + 0.01 * np.log(budget / 0.2) + 0.006 * rng.normal()
-                    )
+                    hit = hard < np.quantile(hard, share + 0.01 * np.log(budget / 0.2) + 0.006 * rng.normal())
                     guessed = np.where(hit, labels, 1 - labels)
                     score = np.corrcoef(guessed, labels)[0, 1] if task == "cola" else hit.mean()
                     time = {"adalora": 67.3, "fw_lora": 60.5}.get(method, 60.0) * np.exp(0.004 * rng.normal())
