@@ -5,6 +5,9 @@ units of rank whose prices differ from matrix to matrix. `rank_pattern` buys as 
 allow, `lora_kwargs` writes the result down for PEFT, `count` reads back what was built.
 """
 
+# PEFT's layers and parts of torch are untyped. What is read from them is given a type where it is stored.
+# pyright: reportUnknownMemberType=false
+
 from __future__ import annotations
 
 import math
@@ -19,6 +22,8 @@ from typing import Any
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import ModulesToSaveWrapper
 from torch import nn
+
+from fwlora.adapters import named_modules
 
 # Steps after which the search for the most proportional pattern keeps the best one found. Up to six
 # prices it ends far earlier by itself; the cap bounds the time on models with dozens of shapes.
@@ -62,10 +67,10 @@ def matrices(model: nn.Module, names: Sequence[str]) -> list[Matrix]:
     """
     if isinstance(names, str):
         raise ValueError(f"names is the single string {names!r}; pass a list of module names")
-    modules = {name: module for name, module in model.named_modules() if name}
+    modules = {name: module for name, module in named_modules(model) if name}
     wanted = set(names)
     hit: set[str] = set()
-    found = []
+    found: list[Matrix] = []
     for name, module in modules.items():
         by = {want for want in wanted if name == want or name.endswith("." + want)}
         if by:
@@ -161,7 +166,7 @@ def lora_kwargs(pattern: Mapping[str, int], scale: float) -> dict[str, Any]:
     # PEFT tries every key on every module, so only what differs from the common values is listed;
     # "^" because it would otherwise accept a key at the end of a longer name.
     differing = {"^" + re.escape(name): rank for name, rank in ranks.items() if rank != largest}
-    kwargs = {
+    kwargs: dict[str, Any] = {
         "r": largest,
         "lora_alpha": alpha(largest),
         "target_modules": list(ranks),
@@ -188,8 +193,8 @@ def count(model: nn.Module) -> Counts:
     adapters: set[int] = set()
     head: set[int] = set()
     idle: set[int] = set()
-    originals = []
-    for name, module in model.named_modules():
+    originals: list[str] = []
+    for name, module in named_modules(model):
         if isinstance(module, BaseTunerLayer):
             for attribute in module.adapter_layer_names:
                 for adapter, held in getattr(module, attribute, {}).items():
@@ -340,7 +345,7 @@ def _elements(model: nn.Module, name: str, parameter: nn.Parameter) -> int:
 
 
 def _whole_number(what: str, value: object, hint: str = "") -> None:
-    if not isinstance(value, Integral) or isinstance(value, bool):
+    if isinstance(value, bool) or not isinstance(value, Integral):
         raise ValueError(f"{what} is {value!r}; it must be a whole number{hint}")
 
 

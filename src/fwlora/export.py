@@ -4,6 +4,9 @@ By Eckart and Young (1936) the nearest matrix of rank k to `ΔW = Σ_i σ_i u_i 
 terms, at a distance of `(Σ_{i>k} σ_i²)^½`.
 """
 
+# PEFT's layers and parts of torch are untyped. What is read from them is given a type where it is stored.
+# pyright: reportUnknownMemberType=false, reportUnknownVariableType=false
+
 from __future__ import annotations
 
 import os
@@ -12,6 +15,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import cast
 
 import torch
 from peft import LoraConfig, PeftModel
@@ -21,7 +25,7 @@ from peft.utils import get_peft_model_state_dict
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from fwlora.adapters import bare_name, pair_of, refuse_splitting_inits
+from fwlora.adapters import bare_name, named_modules, pair_of, refuse_splitting_inits
 from fwlora.budget import lora_kwargs
 
 # What a config says about other things than ranks, scales and how they were trained.
@@ -117,9 +121,10 @@ class _Factors:
     @cached_property
     def svd(self) -> tuple[Tensor, Tensor, Tensor]:
         """U [d_out, k], σ [k], V [d_in, k] of ΔW in float64, k = min(r, d_in, d_out), by way of an r × r matrix."""
-        q_b, r_b = torch.linalg.qr(self.b.double())
-        q_a, r_a = torch.linalg.qr(self.a.double().T)
-        u, sigma, vt = torch.linalg.svd(self.scale * r_b @ r_a.T, full_matrices=False)
+        q_b, r_b = cast(tuple[Tensor, Tensor], torch.linalg.qr(self.b.double()))
+        q_a, r_a = cast(tuple[Tensor, Tensor], torch.linalg.qr(self.a.double().T))
+        thin = torch.linalg.svd(self.scale * r_b @ r_a.T, full_matrices=False)
+        u, sigma, vt = cast(tuple[Tensor, Tensor, Tensor], thin)
         return q_b @ u, sigma, q_a @ vt.T
 
     def cut(self, rank: int, scale: float) -> tuple[Tensor, Tensor]:
@@ -131,7 +136,7 @@ class _Factors:
         return (v * root).T.to(self.a), (u * root).to(self.b)
 
     def lost(self, rank: int) -> float:
-        return 0.0 if rank == self.rank else float(self.svd[1][rank:].norm())
+        return 0.0 if rank == self.rank else float(cast(Tensor, self.svd[1][rank:].norm()))
 
 
 def _only_adapter(model: nn.Module) -> tuple[PeftModel, str]:
@@ -147,14 +152,15 @@ def _only_adapter(model: nn.Module) -> tuple[PeftModel, str]:
 def _factors(model: PeftModel, adapter: str) -> dict[str, _Factors]:
     """The adapted matrices by their names in the plain model, in its order; ranks that AdaLoRA masked are left out."""
     found: dict[str, _Factors] = {}
-    for name, layer in model.named_modules():
+    for name, layer in named_modules(model):
         if not isinstance(layer, LoraLayer) or not (adapter in layer.lora_A or adapter in layer.lora_embedding_A):
             continue
         if isinstance(layer, AdaLoraLayer):
             spectrum = layer.lora_E[adapter].detach()[:, 0]
             own = spectrum.nonzero()[:, 0]
             a, b = layer.lora_A[adapter].detach()[own], (layer.lora_B[adapter].detach() * spectrum)[:, own]
-            scale = layer.scaling[adapter] / (float(layer.ranknum[adapter].detach()) + 1e-5)  # as PEFT divides
+            scaling: dict[str, float] = layer.scaling
+            scale = scaling[adapter] / (float(layer.ranknum[adapter].detach()) + 1e-5)  # as PEFT divides
         else:
             pair = pair_of(name, layer, adapter)
             if getattr(layer.lora_B[adapter], "bias", None) is not None:
@@ -170,10 +176,11 @@ def _factors(model: PeftModel, adapter: str) -> dict[str, _Factors]:
 
 def _ranks_within(factors: Mapping[str, _Factors], budget: int) -> dict[str, int]:
     """The ranks that buy the most Σ σ² for `budget` parameters, greedily by σ²/cost."""
-    offers = []
+    offers: list[tuple[float, int, str]] = []
     for name, f in factors.items():
         cost = len(f.b) + f.a.shape[1]
-        offers += [(sigma**2 / cost, cost, name) for sigma in f.svd[1].tolist()]
+        spectrum: list[float] = f.svd[1].tolist()
+        offers += [(sigma**2 / cost, cost, name) for sigma in spectrum]
     ranks = dict.fromkeys(factors, 0)
     left = budget
     for gain, cost, name in sorted(offers, key=lambda offer: -offer[0]):

@@ -13,15 +13,17 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, get_args
 
 import torch
 from torch import Tensor
 
+from fwlora.choices import PenaltyNorm
+
 if TYPE_CHECKING:
     from jaxtyping import Float
 
-NORMS = ("update", "factors")
+NORMS: tuple[PenaltyNorm, ...] = get_args(PenaltyNorm)
 
 
 def update_norms(a: Float[Tensor, "n r d_in"], b: Float[Tensor, "n d_out r"]) -> Float[Tensor, " n"]:
@@ -74,12 +76,12 @@ class Penalty:
     `norm` is "update" (`‖B_p A_p‖_F²`) or "factors" (`‖A_p‖_F² + ‖B_p‖_F²`).
     """
 
-    def __init__(self, pairs: Sequence[tuple[Tensor, Tensor]], norm: str) -> None:
+    def __init__(self, pairs: Sequence[tuple[Tensor, Tensor]], norm: PenaltyNorm) -> None:
         self.norms, self.gradients = {
             "update": (update_norms, update_gradients),
             "factors": (factor_norms, factor_gradients),
         }[norm]
-        groups: dict[tuple, Stack] = defaultdict(lambda: Stack([], [], []))
+        groups: dict[tuple[Any, ...], Stack] = defaultdict(lambda: Stack([], [], []))
         for i, (a, b) in enumerate(pairs):
             group = groups[(a.shape, b.shape, a.dtype, b.dtype, a.device)]
             group.index.append(i)

@@ -706,7 +706,7 @@ def test_refuses_closures(style):
 def test_refuses_a_warmup_that_fills_the_run(warmup, total):
     error(
         lambda: attach_to(net("linear"), FWLoraConfig(warmup_steps=warmup), total_steps=total),
-        "leaves no step to shrink in: the run has only 267.*0.25",
+        "leaves no step to penalize in: the run has only 267.*0.25",
     )
 
 

@@ -373,7 +373,7 @@ class Lanes:
         self._columns = column([fw.sketch_columns if fw else 1 for fw in fws])
         self._free = column([bool(fw and fw.estimator == "adapter") for fw in fws], torch.bool)
         self._in_loss = column([not fw or fw.penalty_mode == "loss" for fw in fws], torch.bool)[:, None, None]
-        # 3·d_in/(s²·r), see `fwlora.estimators.adapter_energy`.
+        # 3·d_in/(s²·r), see `fwlora.estimators.adapter_squared_norm`.
         d_in = torch.tensor([d for d, _ in self._shapes], device=self.device)
         self._adapter_factor = 3.0 * d_in / ranks.clamp_min(1) / column([s.scale for s in settings]).square()
         if self.spectral:
@@ -638,7 +638,7 @@ class Lanes:
                 if fw.estimator == "exact":
                     energy = estimators.weight_gradient(g[e, :n, columns], x[e, :n]).square().sum()
                 elif linear.sentences:
-                    energy = estimators.per_example_energy(g[e, :n, None, columns], x[e, :n, None])
+                    energy = estimators.per_example_squared_norm(g[e, :n, None, columns], x[e, :n, None])
                 else:
                     energy = self._per_example(e, g[..., columns], x)
                 self._energies.setdefault(name, self.fisher.new_zeros(len(self.lanes)))[e] = energy
@@ -656,7 +656,7 @@ class Lanes:
                     keep = block.keep[rows, :, None]
                     if self._packed.uniform:  # an empty place is no example
                         keep = keep & (self._packed.weights[lane] > 0)[:, None, None]
-                    total = total + estimators.per_example_energy(
+                    total = total + estimators.per_example_squared_norm(
                         flat_g[block.rows[rows]] * keep, flat_x[block.rows[rows]] * keep
                     )
         return total
