@@ -169,6 +169,26 @@ def test_transformers_is_for_the_trainers_callback_alone(name: str) -> None:
     assert not [n for n in imports(name) if n.split(".")[0] == "transformers"]
 
 
+@pytest.mark.parametrize("name", [n for n in MODULES if n != "fwlora_lab.config.hydra_bridge"])
+def test_hydra_and_omegaconf_are_used_through_one_module(name: str) -> None:
+    assert not [n for n in imports(name, typing=True) if n.split(".")[0] in ("hydra", "omegaconf", "hydra_plugins")]
+
+
+def test_help_loads_no_slow_package() -> None:
+    code = (
+        "import sys\n"
+        "from fwlora_lab.cli.main import main\n"
+        "try:\n"
+        "    main(['--help'])\n"
+        "except SystemExit:\n"
+        "    pass\n"
+        "slow = {'hydra', 'omegaconf', 'torch', 'transformers', 'peft', 'optuna', 'pydantic'}\n"
+        "sys.exit(str(sorted(slow & set(sys.modules))) if slow & set(sys.modules) else 0)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0 and "usage: fwlora" in done.stdout, done.stderr
+
+
 def test_no_module_imports_itself_in_a_circle() -> None:
     """Not at import, not in a function, not for types."""
     graph = {name: {n for n in imports(name, typing=True) if n in MODULES} for name in MODULES}

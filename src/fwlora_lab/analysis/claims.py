@@ -6,25 +6,22 @@ import math
 from collections.abc import Sequence
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
+from pydantic import ValidationError, model_validator
 
+from fwlora_lab.config.block import Block
 from fwlora_lab.errors import UserError
 
 Relation = Literal["greater", "not_worse", "equivalent", "at_most", "between"]
 
 
-class ClaimBlock(BaseModel):
-    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False)
-
-
-class Scope(ClaimBlock):
+class Scope(Block):
     """Where a claim is made: the task's name and the budget in percent of the backbone's parameters."""
 
     task: str
     budget: float
 
 
-class Claim(ClaimBlock):
+class Claim(Block):
     """One claim: θ of `method` stands in `relation` to `margin`.
 
     θ is the mean over seeds of metric(method) − metric(reference), metrics as fractions; of a metric that ends in

@@ -15,9 +15,9 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedTokenizerFast, RobertaConfig, RobertaModel
 
+from fwlora_lab.catalog.tasks import TaskSpec
 from fwlora_lab.config.load import load_run
 from fwlora_lab.config.schema import RunConfig
-from fwlora_lab.data.task import TaskSpec
 from fwlora_lab.data.tokens import TokenTable
 from fwlora_lab.models.backbones import Backbone, load_backbone
 

@@ -12,9 +12,9 @@ from typing import Literal
 import torch
 from huggingface_hub import constants, get_cached_repo_tree
 
-from fwlora_lab.catalog.encoders import MINILM_DISTRIBUTION, PINNED
+from fwlora_lab.catalog.encoders import MINILM, pinned_revisions
+from fwlora_lab.catalog.tasks import GLUE_REPOSITORY
 from fwlora_lab.config.schema import ModelConfig
-from fwlora_lab.data.glue import GLUE_REPOSITORY
 from fwlora_lab.errors import UserError
 from fwlora_lab.models.backbones import load_backbone
 from fwlora_lab.models.hub import hub_trouble
@@ -42,7 +42,7 @@ def doctor_lines(
 
 def _versions() -> list[Line]:
     lines: list[Line] = [("ok", "python", platform.python_version())]
-    for name in ("fwlora", *_NEEDED, *_FOR_EXPERIMENTS, MINILM_DISTRIBUTION, *_FOR_SEARCHES):
+    for name in ("fwlora", *_NEEDED, *_FOR_EXPERIMENTS, str(MINILM.distribution), *_FOR_SEARCHES):
         try:
             lines.append(("ok", name, importlib.metadata.version(name)))
         except importlib.metadata.PackageNotFoundError:
@@ -96,7 +96,7 @@ def _backbones() -> list[Line]:
         lines.append(("ok", "backbone minilm", f"{minilm.source}, {minilm.parameters:,} parameters"))
     except UserError as error:
         lines.append(("no", "backbone minilm", str(error)))
-    for repo, commit in PINNED.items():
+    for repo, commit in pinned_revisions().items():
         if _cached(repo, commit):
             lines.append(("ok", f"backbone {repo}", f"in the cache at {commit[:8]}"))
         else:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from fwlora_lab.catalog.methods import MethodName
+from fwlora_lab.catalog.tasks import SOURCES
 from fwlora_lab.config.keys import LEAVES, get_key, schema_defaults
 from fwlora_lab.config.schema import RunConfig
 from fwlora_lab.config.search_space import dimensions_of
@@ -39,20 +40,12 @@ def ignored_keys(cfg: RunConfig) -> list[tuple[str, str]]:
         ignore(["model.lora.alpha"], "without a rank there is no alpha/rank; the scale is 2")
     if cfg.model.pretrained_id == "minilm":
         ignore(["model.revision"], "minilm comes with its package")
-    if data.name != "glue":
-        ignore(
-            [f"dataset.{k}" for k in ("subset", "root", "revision")],
-            f"dataset.name is {data.name}, not glue",
-        )
-    elif data.root is not None:
+    source = SOURCES[data.name]
+    for key in sorted({key for other in SOURCES.values() for key in other.keys} - set(source.keys)):
+        readers = " or ".join(other.name for other in SOURCES.values() if key in other.keys)
+        ignore([f"dataset.{key}"], f"dataset.name is {data.name}, not {readers}")
+    if "root" in source.keys and "revision" in source.keys and data.root is not None:
         ignore(["dataset.revision"], "the data come from dataset.root")
-    if data.name in ("csv", "jsonl"):
-        ignore(["dataset.split", "dataset.eval_split"], "train_file and eval_file are the splits")
-    else:
-        ignore(
-            [f"dataset.{k}" for k in ("train_file", "eval_file", "text_column", "label_column")],
-            f"dataset.name is {data.name}, not csv or jsonl",
-        )
     return found
 
 

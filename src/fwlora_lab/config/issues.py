@@ -1,14 +1,15 @@
-"""TODO"""
+"""pydantic's errors as issues under the keys that people wrote, in plain words."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Any
 
 from pydantic import ValidationError
 
-from fwlora_lab.config.faults import Faults, Issue
+from fwlora_lab.config.faults import InvalidRun, Issue, IssueKind
 from fwlora_lab.config.keys import nearest_key
 from fwlora_lab.text import did_you_mean
 
@@ -36,12 +37,23 @@ def _shown(value: Any) -> str:
     return f"the list {str(value)[:80]}" if isinstance(value, list) else str(value)[:80]
 
 
-def _explain(error: Any, key: str) -> str:
+def _kind(pydantic_type: str) -> IssueKind:
+    if pydantic_type in _WANTED:
+        return "type"
+    kinds: dict[str, IssueKind] = {
+        "missing": "missing",
+        "extra_forbidden": "unknown_key",
+        "literal_error": "choice",
+    }
+    return kinds.get(pydantic_type, "value")
+
+
+def _explain(error: Any, key: str, suggest: Callable[[str], str]) -> str:
     kind, value, ctx = error["type"], error.get("input"), error.get("ctx", {})
     if kind == "missing":
         return "is missing: add it"
     if kind == "extra_forbidden":
-        return f"is no key of a run config{nearest_key(key)}"
+        return f"unknown key{suggest(key)}"
     if kind == "value_error":
         return str(ctx["error"])
     if kind == "literal_error":
@@ -60,17 +72,23 @@ def _explain(error: Any, key: str) -> str:
     return f"{re.sub('^(Input|List|String) should', 'must', error['msg'])}, not {_shown(value)}"
 
 
-def issues_of(error: ValidationError, data: Any) -> list[Issue]:
-    """pydantic's errors as issues under the keys that people wrote, one for each key."""
+def issues_of(error: ValidationError, data: Any, suggest: Callable[[str], str] = nearest_key) -> list[Issue]:
+    """pydantic's errors as issues under the keys that people wrote, one for each key.
+
+    Args:
+        data: what was validated.
+        suggest: what follows the message of an unknown key, such as " (did you mean 'x'?)"; without it, keys of a run
+            config are suggested.
+    """
     issues: dict[str, Issue] = {}
     for item in error.errors(include_url=False):
         inner = item.get("ctx", {}).get("error")
-        if isinstance(inner, Faults):
+        if isinstance(inner, InvalidRun):
             for issue in inner.issues:
                 issues.setdefault(issue.key, issue)
             continue
         key, at = "", data
-        for part in item["loc"]:  # the branches of a union (`int`, `list[str]`) are no part of the key
+        for part in item["loc"]:  # the branches of a union (`int`, `list[str]`) are not part of the key
             last = part == item["loc"][-1]
             if isinstance(at, Mapping) and (part in at or (last and item["type"] == "missing")):
                 at = at.get(part)
@@ -80,12 +98,12 @@ def issues_of(error: ValidationError, data: Any) -> list[Issue]:
                 continue
             key = f"{key}.{part}" if key else str(part)
         item["input"] = at if item["type"] != "value_error" else None
-        text = _explain(item, key)
+        text = _explain(item, key, suggest)
         if key in issues:  # every branch of a union complains once
             if text not in issues[key].text and item["type"] in _WANTED:
-                issues[key] = Issue(key, _either(issues[key].text, text))
+                issues[key] = replace(issues[key], text=_either(issues[key].text, text))
             continue
-        issues[key] = Issue(key, text)
+        issues[key] = Issue(key, text, _kind(item["type"]))
     return list(issues.values())
 
 

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import difflib
 import types
 from collections.abc import Iterator
 from typing import Annotated, Any, Union, get_args, get_origin
 
+from fwlora_lab.config.block import Block
 from fwlora_lab.config.former_names import present_key, present_leaf
-from fwlora_lab.config.schema import Block, RunConfig
+from fwlora_lab.config.schema import RunConfig
 from fwlora_lab.errors import UserError
-from fwlora_lab.text import did_you_mean
+from fwlora_lab.text import did_you_mean, nearest
 
 
 def _block_of(annotation: Any) -> type[Block] | None:
@@ -93,12 +93,15 @@ def search_key(name: str) -> str:
 
 def nearest_key(key: str) -> str:
     """The nearest valid key to one that is not: a sibling, or the same name in another block."""
+    present = present_key(key)
+    if present != key:  # only read where its present name is not given
+        return f": it is the former name of {present}, which is given too; keep one of them"
     block, _, leaf = key.rpartition(".")
     elsewhere = [k for k in KEYS if k.rsplit(".", 1)[-1] == leaf]
     if elsewhere:
         return f" (did you mean {elsewhere[0]!r}?)"
     siblings = [k.removeprefix(f"{block}.") for k in KEYS if k.rpartition(".")[0] == block]
-    close = difflib.get_close_matches(leaf.lower(), siblings, n=1, cutoff=0.55)
-    if close:
-        return f" (did you mean {(block + '.' if block else '') + close[0]!r}?)"
+    close = nearest(leaf, siblings)
+    if close is not None:
+        return f" (did you mean {(block + '.' if block else '') + close!r}?)"
     return did_you_mean(key, KEYS) or (f"; {block or 'a run config'} has {', '.join(siblings)}" if siblings else "")

@@ -1,46 +1,78 @@
-"""TODO"""
+"""From a run's id or file to a checked run config, and from a sweep to all of its run configs."""
 
 from __future__ import annotations
 
 import hashlib
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
-from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.core.override_parser.types import Glob, Override
-from hydra.errors import HydraException
-
 from fwlora_lab.config.checks import warnings_of
-from fwlora_lab.config.faults import Issue
+from fwlora_lab.config.faults import InvalidRun, Issue
 from fwlora_lab.config.former_names import present_key, with_present_names
-from fwlora_lab.config.hydra_bridge import compose_run
-from fwlora_lab.config.keys import KEYS, get_key, nearest_key
+from fwlora_lab.config.hydra_bridge import (
+    Composition,
+    Override,
+    Unreadable,
+    compose,
+    expand_sweep,
+    merged_sources,
+    parse_override,
+    select_names,
+)
+from fwlora_lab.config.keys import KEYS, get_key, nearest_key, schema_defaults
 from fwlora_lab.config.schema import RunConfig
-from fwlora_lab.config.tree import available_runs, find_run
-from fwlora_lab.config.validation import InvalidRun, validate_run
-from fwlora_lab.config.yaml_reader import interpolation_fault, read_file
+from fwlora_lab.config.tree import CONF, available_runs, find_run
+from fwlora_lab.config.validation import validate_run
+from fwlora_lab.config.yaml_reader import File, interpolation_fault, read_file
+from fwlora_lab.config.yaml_writer import plain_values
 from fwlora_lab.errors import UserError
 from fwlora_lab.text import listing
 
 MAX_RUNS = 1_000
 
 
+def _read_member(path: Path) -> tuple[dict[str, Any], str]:
+    """A file of a config tree as Hydra takes it: its values under their present names, and its first lines."""
+    file = read_file(path)
+    _check_defaults_list(path, file)
+    return with_present_names(file.values, warn=True), file.header
+
+
+def _check_defaults_list(path: Path, file: File) -> None:
+    """Refuse a `defaults` list that Hydra cannot read, or that would win over the file's own keys."""
+    if "defaults" not in file.values:
+        return
+    entries, where = file.values["defaults"], f"{path}:{file.lines['defaults']}: defaults: "
+    if not isinstance(entries, list):
+        raise UserError(f"{where}must be a list of config names, e.g. [/base/minilm, _self_]")
+    for entry in entries:
+        names = list(entry.items())[0] if isinstance(entry, dict) and len(entry) == 1 else (entry, "")
+        if not all(isinstance(n, str) for n in names):
+            raise UserError(f"{where}{entry!r} is no entry: write a config's name, e.g. /base/minilm")
+        if "hydra" in names[0]:
+            raise UserError(f"{where}{names[0]!r}: Hydra's own settings have no use here: remove it")
+    if "_self_" not in entries and len(file.values) > 1:
+        raise UserError(f"{where}must end in `- _self_`, so that this file's own keys win over the others'")
+
+
+_COMPOSITION = Composition(CONF, schema_defaults(), _read_member)
+
+
 def _parse_overrides(overrides: Sequence[str]) -> list[Override]:
     parsed = []
     for text in map(_with_present_key, overrides):
         try:
-            (override,) = OverridesParser.create().parse_overrides([text])
-        except (HydraException, RecursionError) as error:
-            reason = next((x for x in str(error).splitlines() if x.strip()), "").split(": ", 1)[-1]
+            override = parse_override(text)
+        except Unreadable as error:
             raise UserError(
-                f"override `{text}` cannot be read ({reason}): write key=value, and quote values "
+                f"override `{text}` cannot be read ({error}): write key=value, and quote values "
                 "with spaces or special characters, e.g. \"dataset.root='/my data'\""
             ) from None
-        _refuse_override(text, override)
+        _refuse_override(override)
         parsed.append(override)
     return parsed
 
@@ -51,8 +83,8 @@ def _with_present_key(text: str) -> str:
     return f"{mark}{present_key(key, warn=True)}{value}"
 
 
-def _refuse_override(text: str, override: Override) -> None:
-    key = override.key_or_group
+def _refuse_override(override: Override) -> None:
+    text, key = override.text, override.key
     if key == "run" or key.startswith("run@"):
         raise UserError(f"override `{text}`: the run is named once, as run=<run_id>")
     if key == "hydra" or key.startswith(("hydra.", "hydra/")):
@@ -62,9 +94,9 @@ def _refuse_override(text: str, override: Override) -> None:
     fault = interpolation_fault(text)
     if fault:
         raise UserError(f"override `{text}`: {fault}")
-    free = key.startswith("optuna.search_space") or override.is_delete() or "/" in key or key == "base"
+    free = key.startswith("optuna.search_space") or override.kind == "delete" or "/" in key or key == "base"
     if key not in KEYS and not free:
-        raise UserError(f"override `{text}`: {key!r} is no key of a run config{nearest_key(key)}")
+        raise UserError(f"override `{text}`: unknown key {key!r}{nearest_key(key)}")
 
 
 def load_run(run: str, overrides: Sequence[str] = (), config_dir: str | None = None) -> RunConfig:
@@ -75,26 +107,74 @@ def load_run(run: str, overrides: Sequence[str] = (), config_dir: str | None = N
     UserError with every fault found.
     """
     file = find_run(run, config_dir)
-    overrides = [_with_present_key(text) for text in overrides]
     parsed = _parse_overrides(overrides)
     for override in parsed:
-        if override.is_sweep_override():
+        if override.is_sweep:
             raise UserError(
-                f"override `{override.input_line}` is a sweep, which needs --multirun; a list goes in brackets, a=[b,c]"
+                f"override `{override.text}` is a sweep, which needs --multirun; a list goes in brackets, a=[b,c]"
             )
     source = read_file(file)  # first, so that its faults come with their lines
-    lines_of_keys = {present_key(key): line for key, line in source.lines.items()}
-    # Every key of the schema is there from the start, so that `+key=` can only mean its value.
-    lines = [
-        f"+{text}" if o.is_add() and o.key_or_group in KEYS else text for text, o in zip(overrides, parsed, strict=True)
-    ]
-    data = with_present_names(compose_run(file, lines), warn=True)
-    given = {o.key_or_group: o.input_line for o in parsed}
+    lines = {present_key(key): line for key, line in source.lines.items()} | source.lines
+    data = with_present_names(compose(file, _as_hydra_reads(parsed), _COMPOSITION), warn=True)
+    given = {o.key: o.text for o in parsed}
     try:
         return validate_run(data)
     except InvalidRun as error:
         issues = _faults_of(data, error.issues)
-        raise UserError(listing([f"{_place(file, lines_of_keys, given, i.key)}{i.text}" for i in issues])) from None
+        raise UserError(listing([f"{_place(file, lines, given, i.key)}{i.text}" for i in issues])) from None
+
+
+def _as_hydra_reads(overrides: Sequence[Override]) -> list[str]:
+    """Every key of the schema exists from the start, so that `+key=` can only mean its value, as `++key=` does."""
+    return [f"+{o.text}" if o.kind == "add" and o.key in KEYS else o.text for o in overrides]
+
+
+@dataclass(frozen=True)
+class OriginRow:
+    """One value of a resolved config and where it comes from.
+
+    `origin` is `FILE:LINE`, `packaged FILE:LINE` of the packaged tree, ``override `KEY=VALUE` ``, or `default`.
+    """
+
+    key: str
+    value: Any
+    origin: str
+
+
+def origins_of(run: str, overrides: Sequence[str] = (), config_dir: str | None = None) -> list[OriginRow]:
+    """Every value of a run's resolved config, in the schema's order, and what set it.
+
+    The arguments are those of `load_run`.
+
+    Raises:
+        UserError: as `load_run`.
+    """
+    cfg = load_run(run, overrides, config_dir)
+    file = find_run(run, config_dir)
+    parsed = _parse_overrides(overrides)
+    lines: dict[str, str] = {}  # of every key, the file and line that win
+    for source in merged_sources(file, _as_hydra_reads(parsed), _COMPOSITION):
+        is_packaged = source.path.is_relative_to(CONF)
+        shown = f"packaged {source.path.relative_to(CONF)}" if is_packaged else str(source.path)
+        prefix = f"{source.package}." if source.package else ""
+        found = {f"{prefix}{key}": f"{shown}:{line}" for key, line in read_file(source.path).lines.items()}
+        lines |= {present_key(key): where for key, where in found.items()}
+    given = {o.key: f"override `{o.text}`" for o in parsed}
+
+    def origin(key: str) -> str:
+        blocks = [key[: m.start()] for m in re.finditer(r"\.", key)]
+        setters = [given[path] for path in given if path in (key, *blocks)]
+        return setters[-1] if setters else lines.get(key, "default")
+
+    return [OriginRow(key, value, origin(key)) for key, value in _leaves(plain_values(cfg))]
+
+
+def _leaves(data: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for name, value in data.items():
+        if isinstance(value, Mapping):
+            yield from _leaves(value, f"{prefix}{name}.")
+        else:
+            yield f"{prefix}{name}", value
 
 
 def _faults_of(data: dict[str, Any], issues: list[Issue]) -> list[Issue]:
@@ -117,7 +197,7 @@ def _faults_of(data: dict[str, Any], issues: list[Issue]) -> list[Issue]:
     except InvalidRun as error:
         faulty = [i.key for i in issues]
         issues += [
-            i for i in error.issues if not any(f"{i.key}.".startswith(f"{key}.") or key in i.text for key in faulty)
+            i for i in error.issues if not any(f"{i.key}.".startswith(f"{key}.") or key in i.related for key in faulty)
         ]
     return issues
 
@@ -132,7 +212,7 @@ _PLACEHOLDERS = {
 }
 
 
-def _place(file: Path, lines: Mapping[str, int], overrides: Mapping[str, str | None], key: str) -> str:
+def _place(file: Path, lines: Mapping[str, int], overrides: Mapping[str, str], key: str) -> str:
     """`file:line: key: `, or the override that set the key."""
     for path in (key, *(key[: m.start()] for m in re.finditer(r"\.", key))):
         if path in overrides:
@@ -158,18 +238,18 @@ def expand_runs(
     The runs of a sweep get their run_id from the swept keys: `<run_id>--learning_rate=0.0005`.
     """
     parsed = _parse_overrides(overrides)
-    swept = [o.key_or_group for o in parsed if o.is_sweep_override()]
+    swept = [o.key for o in parsed if o.is_sweep]
     if swept and not multirun:
         raise UserError(
             f"{swept[0]} has several values, which is a sweep: add --multirun to train all of "
             f"them, or put a list in brackets, {swept[0]}=[a,b]"
         )
-    if any(o.is_sweep_override() and isinstance(o.value(), Glob) for o in parsed):
+    if any(o.is_glob for o in parsed):
         raise UserError("glob(…) matches run ids: it can only stand in run=")
     try:
-        batches = BasicSweeper.split_arguments(parsed, None)[0] if swept else [list(overrides)]
-    except HydraException as error:
-        raise UserError(f"this sweep cannot be expanded: {str(error).splitlines()[0]}") from None
+        batches = expand_sweep(parsed) if swept else [list(overrides)]
+    except Unreadable as error:
+        raise UserError(f"this sweep cannot be expanded: {error}") from None
     runs = _split_runs(run_argument, config_dir)
     if len(runs) * len(batches) > MAX_RUNS:
         raise UserError(f"the sweep has {len(runs) * len(batches):,} runs; {MAX_RUNS:,} is the limit")
@@ -202,19 +282,10 @@ def _split_runs(run_argument: str, config_dir: str | None) -> list[str]:
             return [run_argument]  # a path may hold what Hydra's grammar would not read
     except (OSError, ValueError):
         pass  # too long for a path, or a NUL byte: it may still be a list of runs
-    try:
-        (override,) = OverridesParser.create().parse_overrides([f"run={run_argument}"])
-    except (HydraException, ValueError):
-        return [run_argument]
-    value = override.value()
-    if isinstance(value, Glob):
-        runs = value.filter(known)
-        if not runs:
-            raise UserError(f"run={run_argument} matches none of {', '.join(known)}")
-        return runs
-    if override.is_discrete_sweep():
-        return [v.strip("'\"") for v in override.sweep_string_iterator()]
-    return [run_argument]
+    runs = select_names(run_argument, known)
+    if runs == []:
+        raise UserError(f"run={run_argument} matches none of {', '.join(known)}")
+    return [run_argument] if runs is None else runs
 
 
 def _swept_id(run_id: str, changed: Mapping[str, str]) -> str:

@@ -10,11 +10,13 @@ import unicodedata
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 
+from fwlora_lab.catalog.extensions import load_extensions
 from fwlora_lab.catalog.methods import METHODS, MethodName
-from fwlora_lab.catalog.tasks import GLUE_DEV_SPLITS, GLUE_SUBSETS
-from fwlora_lab.config.faults import Faults, Issue
+from fwlora_lab.catalog.tasks import SOURCES, TASKS, source_of, tasks_of
+from fwlora_lab.config.block import Block
+from fwlora_lab.config.faults import InvalidRun, Issue
 from fwlora_lab.config.former_names import with_present_names
 from fwlora_lab.text import did_you_mean
 
@@ -44,6 +46,14 @@ def _method(value: str) -> str:
     return value
 
 
+def _source_name(value: str) -> str:
+    if source_of(value) is None:
+        raise ValueError(
+            f"the text {value!r} is not allowed{did_you_mean(value, SOURCES)}: use one of {', '.join(SOURCES)}"
+        )
+    return value
+
+
 def _warmup_steps(value: int | float) -> int | float:
     if isinstance(value, int) and value < 1:
         raise ValueError(f"{value} is no length: use at least 1 step, or a fraction such as 0.25")
@@ -69,10 +79,6 @@ Positive = Annotated[int, Field(ge=1, lt=2**31)]
 # YAML 1.1 reads a bare `no` as False. Nobody who writes `mixed_precision: no` means anything else.
 Precision = Annotated[Literal["bf16", "no"], BeforeValidator(lambda v: "no" if v is False else v)]
 Number = int | float
-
-
-class Block(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False, hide_input_in_errors=True)
 
 
 class LoraSettings(Block):
@@ -105,7 +111,7 @@ class ModelConfig(Block):
 class DatasetConfig(Block):
     """The data. `seed` carves and samples: all training seeds of a run see the same split."""
 
-    name: Literal["glue", "offline", "csv", "jsonl"]
+    name: Annotated[str, AfterValidator(_source_name)]
     subset: Text | None = None
     root: Text | None = None
     revision: Text | None = None
@@ -299,13 +305,14 @@ class RunConfig(Block):
     @model_validator(mode="before")
     @classmethod
     def _former_names(cls, data: Any) -> Any:
+        load_extensions()  # first of all validators: a method or a data set may be an extension's
         return with_present_names(data) if isinstance(data, Mapping) else data
 
     @model_validator(mode="after")
     def _combinations(self) -> RunConfig:
         issues = _impossible(self)
         if issues:
-            raise Faults(issues)
+            raise InvalidRun(issues)
         return self
 
 
@@ -313,8 +320,8 @@ def _impossible(cfg: RunConfig) -> list[Issue]:
     """Settings that are each legal and cannot stand together."""
     issues: list[Issue] = []
 
-    def fault(key: str, text: str) -> None:
-        issues.append(Issue(key, text))
+    def fault(key: str, text: str, *related: str) -> None:
+        issues.append(Issue(key, text, related=related))
 
     lora, data = cfg.model.lora, cfg.dataset
     if not lora.enabled:
@@ -323,51 +330,14 @@ def _impossible(cfg: RunConfig) -> list[Issue]:
         fault(
             "model.lora.rank",
             "neither it nor model.parameter_budget_percent is given: set one, e.g. rank: 4",
+            "model.parameter_budget_percent",
         )
-    if data.name == "glue":
-        if data.subset is None:
-            fault("dataset.subset", f"glue needs it: one of {', '.join(GLUE_SUBSETS)}")
-        elif data.subset not in GLUE_SUBSETS:
-            fault(
-                "dataset.subset",
-                f"{data.subset!r} is no GLUE task{did_you_mean(data.subset, GLUE_SUBSETS)}: "
-                f"use one of {', '.join(GLUE_SUBSETS)}",
-            )
-    if data.name in ("glue", "offline"):
-        if data.split == data.eval_split:
-            fault(
-                "dataset.eval_split",
-                f"{data.eval_split!r} is also dataset.split: a run must not be scored on what it "
-                "trains on; use split: train, eval_split: validation",
-            )
-        else:
-            if data.split != "train":
-                fault("dataset.split", f"{data.split!r}: {data.name} is trained on its split train")
-            known = GLUE_DEV_SPLITS if data.subset == "mnli" else GLUE_DEV_SPLITS[:1]
-            if data.eval_split not in known:
-                fault(
-                    "dataset.eval_split",
-                    f"{data.eval_split!r} has no public labels or does not exist"
-                    f"{did_you_mean(data.eval_split, known)}: use {' or '.join(known)}",
-                )
-    if data.name in ("csv", "jsonl"):
-        for key in ("train_file", "eval_file", "text_column", "label_column"):
-            if getattr(data, key) is None:
-                fault(f"dataset.{key}", f"dataset.name {data.name} needs it: add it")
-        if data.train_file is not None and data.train_file == data.eval_file:
-            fault(
-                "dataset.eval_file",
-                "is the train_file: a run must not be scored on what it trains on; name another",
-            )
-        texts = [data.text_column] if isinstance(data.text_column, str) else data.text_column or []
-        if data.text_column is not None and (len(texts) not in (1, 2) or len(set(texts)) < len(texts)):
-            fault("dataset.text_column", "name one column, or a list of two different ones")
-        if data.label_column is not None and data.label_column in texts:
-            fault("dataset.label_column", f"{data.label_column!r} is a text column: name another")
+    issues += _impossible_data(data)
     if cfg.training.evaluate_on == "validation" and data.validation_fraction == 0:
         fault(
             "training.evaluate_on",
             "validation needs a part of train to score on: set dataset.validation_fraction=0.1",
+            "dataset.validation_fraction",
         )
     fw = cfg.fw_lora
     if cfg.method_name == "fw_lora" and isinstance(fw.warmup_steps, int) and fw.fisher_start >= fw.warmup_steps:
@@ -375,5 +345,61 @@ def _impossible(cfg: RunConfig) -> list[Issue]:
             "fw_lora.fisher_start",
             f"{fw.fisher_start} leaves no step to watch before fw_lora.warmup_steps = {fw.warmup_steps}: "
             "lower it, or watch longer",
+            "fw_lora.warmup_steps",
         )
+    return issues
+
+
+def _impossible_data(data: DatasetConfig) -> list[Issue]:
+    """What is wrong with the data's settings as far as it can be known without reading the data."""
+    issues: list[Issue] = []
+
+    def fault(key: str, text: str, *related: str) -> None:
+        issues.append(Issue(f"dataset.{key}", text, related=tuple(f"dataset.{name}" for name in related)))
+
+    source = SOURCES[data.name]
+    tasks = tasks_of(source)
+    task = TASKS.get(data.name)
+    if "subset" in source.keys:
+        task = tasks.get(data.subset or "")
+        if data.subset is None:
+            fault("subset", f"{source.name} needs it: one of {', '.join(tasks)}", "name")
+        elif task is None:
+            fault(
+                "subset",
+                f"{data.subset!r} is not a task of {source.name}{did_you_mean(data.subset, tasks)}: "
+                f"use one of {', '.join(tasks)}",
+            )
+    if "split" in source.keys:
+        if data.split == data.eval_split:
+            fault(
+                "eval_split",
+                f"{data.eval_split!r} is also dataset.split: a run must not be scored on what it "
+                "trains on; use split: train, eval_split: validation",
+                "split",
+            )
+        else:
+            if data.split != "train":
+                fault("split", f"{data.split!r}: {data.name} is trained on its split train")
+            known = task.eval_splits if task is not None else ("validation",)
+            if data.eval_split not in known:
+                fault(
+                    "eval_split",
+                    f"{data.eval_split!r} has no public labels or does not exist"
+                    f"{did_you_mean(data.eval_split, known)}: use {' or '.join(known)}",
+                )
+    if "train_file" in source.keys:
+        for key in ("train_file", "eval_file", "text_column", "label_column"):
+            if getattr(data, key) is None:
+                fault(key, f"dataset.name {data.name} needs it: add it", "name")
+        if data.train_file is not None and data.train_file == data.eval_file:
+            fault(
+                "eval_file",
+                "is the train_file: a run must not be scored on what it trains on; name another",
+            )
+        texts = [data.text_column] if isinstance(data.text_column, str) else data.text_column or []
+        if data.text_column is not None and (len(texts) not in (1, 2) or len(set(texts)) < len(texts)):
+            fault("text_column", "name one column, or a list of two different ones")
+        if data.label_column is not None and data.label_column in texts:
+            fault("label_column", f"{data.label_column!r} is a text column: name another")
     return issues

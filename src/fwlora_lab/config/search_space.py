@@ -1,4 +1,4 @@
-"""TODO"""
+"""The search space of a run config, in both of its dialects: what it means, and what is wrong with it."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def unsearchable(cfg: RunConfig, optuna: OptunaConfig) -> list[Issue]:
             issues.append(Issue(where, str(error)))
             continue
         if key in seen:
-            issues.append(Issue(where, f"means {key}, as {seen[key]} does: keep one of them"))
+            issues.append(Issue(where, f"means {key}, as {seen[key]} does: keep one of them", related=(key,)))
             continue
         seen[key] = name
         ends = [dimension.low, dimension.high]
@@ -51,5 +51,5 @@ def unsearchable(cfg: RunConfig, optuna: OptunaConfig) -> list[Issue]:
             except ValidationError as error:
                 reasons = [i.text for i in issues_of(error, trial) if i.key == key]
                 if reasons:  # other keys' faults are reported as their own
-                    issues.append(Issue(where, f"{value!r} is refused by {key}: {reasons[0]}"))
+                    issues.append(Issue(where, f"{value!r} is refused by {key}: {reasons[0]}", related=(key,)))
     return issues

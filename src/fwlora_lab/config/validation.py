@@ -1,4 +1,4 @@
-"""TODO"""
+"""Plain values checked as a run config."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from fwlora_lab.config.faults import Issue
+from fwlora_lab.config.faults import InvalidRun
 from fwlora_lab.config.former_names import present_key
 from fwlora_lab.config.issues import issues_of
 from fwlora_lab.config.keys import set_key
@@ -16,14 +16,6 @@ from fwlora_lab.config.schema import RunConfig
 from fwlora_lab.config.search_space import unsearchable
 from fwlora_lab.errors import UserError
 from fwlora_lab.text import listing
-
-
-class InvalidRun(ValueError):
-    """A run config with faults; `issues` lists them all."""
-
-    def __init__(self, issues: list[Issue]) -> None:
-        super().__init__("; ".join(f"{i.key}: {i.text}" for i in issues))
-        self.issues = issues
 
 
 def validate_run(data: Mapping[str, Any]) -> RunConfig:
@@ -42,11 +34,11 @@ def validate_run(data: Mapping[str, Any]) -> RunConfig:
 
 
 def with_values(cfg: RunConfig, values: Mapping[str, Any]) -> RunConfig:
-    """The config with other values under some of its keys; a UserError that names every one that does not go."""
+    """The config with other values under some of its keys; a UserError names every value that is refused."""
     data = json.loads(json.dumps(cfg.model_dump()))
     for key, value in values.items():
         set_key(data, present_key(key), value)
     try:
         return validate_run(data)
     except InvalidRun as error:
-        raise UserError(listing([f"{i.key}: {i.text}" for i in error.issues])) from None
+        raise UserError(listing([str(issue) for issue in error.issues])) from None

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import re
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import yaml
-from omegaconf._utils import get_yaml_loader
 
+from fwlora_lab.config.hydra_bridge import yaml_loader
 from fwlora_lab.config.keys import KEYS
 from fwlora_lab.errors import UserError
 from fwlora_lab.text import did_you_mean, listing
@@ -21,8 +22,9 @@ _PLAIN_FLOAT = re.compile(r"[-+]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][-+]?[0-9]+)?|[-
 _TAGS = {f"tag:yaml.org,2002:{t}" for t in ("str", "int", "float", "bool", "null", "map", "seq")}
 
 
-class File(NamedTuple):
-    """A checked file: its values, and the line of every key path in it."""
+@dataclass(frozen=True)
+class File:
+    """A checked file: its values, its first lines (for Hydra's `# @package`), and the line of every key path in it."""
 
     values: dict[str, Any]
     header: str
@@ -62,7 +64,7 @@ def read_file(path: Path, what: str = "run config", first: str = "run_id") -> Fi
         raise UserError(f"{path}: cannot be read: {error.strerror}") from None
 
     try:
-        loader = get_yaml_loader()(text)
+        loader = yaml_loader(text)
         node = loader.get_single_node()
         if node is None:
             raise UserError(f"{path}: is empty: a {what} starts with {first}: <name>")
@@ -82,8 +84,6 @@ def read_file(path: Path, what: str = "run config", first: str = "run_id") -> Fi
     except RecursionError:
         raise UserError(f"{path}: is nested too deeply: a {what} has four levels") from None
     except ValueError as error:
-        if isinstance(error, UserError):
-            raise
         raise UserError(f"{path}: holds a value that cannot be read: {error}") from None
     return File(values, text[:512], lines)
 

@@ -1,4 +1,4 @@
-"""TODO"""
+"""Run configs as YAML text that every loader reads alike."""
 
 from __future__ import annotations
 
@@ -42,10 +42,15 @@ Writer.add_representer(float, _write_float)
 Writer.add_representer(str, _write_text)
 
 
-def to_yaml(cfg: RunConfig) -> str:
-    """The complete config as YAML, every key written out; reading it back gives an equal config."""
+def plain_values(cfg: RunConfig) -> dict[str, Any]:
+    """The complete config as nested dicts and lists, every key written out, as a run's file would hold it."""
     data = cfg.model_dump()
     if cfg.optuna is not None and cfg.optuna.search_space:
         for name, dimension in cfg.optuna.search_space.items():
             data["optuna"]["search_space"][name] = dimension.model_dump(exclude_none=True)
-    return yaml.dump(data, Dumper=Writer, sort_keys=False, allow_unicode=True, width=1_000_000)
+    return data
+
+
+def to_yaml(cfg: RunConfig) -> str:
+    """The complete config as YAML; reading it back gives an equal config."""
+    return yaml.dump(plain_values(cfg), Dumper=Writer, sort_keys=False, allow_unicode=True, width=1_000_000)

@@ -13,9 +13,11 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 import numpy as np
 
-from fwlora_lab.data.task import Examples, TaskSpec
-from fwlora_lab.data.text_files import hint, read_text, refuse, refuse_file
+from fwlora_lab.catalog.tasks import TaskSpec
+from fwlora_lab.data.task import Examples
+from fwlora_lab.data.text_files import read_text, refuse, refuse_file
 from fwlora_lab.errors import UserError
+from fwlora_lab.text import did_you_mean
 
 if TYPE_CHECKING:
     from fwlora_lab.config.schema import DatasetConfig
@@ -100,7 +102,7 @@ def _examples(path: Path, rows: list[FileRow], column: str, numbers: dict[str | 
                 row.number,
                 column,
                 f"the label {row.label!r} does not occur in the training file"
-                f"{hint(str(row.label), known)}; its labels are {', '.join(known[:10])}",
+                f"{did_you_mean(str(row.label), known)}; its labels are {', '.join(known[:10])}",
             )
         labels.append(numbers[row.label])
     texts = tuple(r.texts[0] if len(r.texts) == 1 else (r.texts[0], r.texts[1]) for r in rows)
@@ -160,7 +162,7 @@ def _read_jsonl(path: Path, text: tuple[str, ...], label: str) -> list[FileRow]:
             refuse(path, number, None, f'a {kind} instead of an object like {{"{text[0]}": ...}}')
         missing = next((name for name in (*text, label) if name not in record), None)
         if missing is not None:
-            refuse(path, number, missing, f"the key is missing{hint(missing, record)}; add it")
+            refuse(path, number, missing, f"the key is missing{did_you_mean(missing, record)}; add it")
         for name in text:
             if not isinstance(record[name], str):
                 refuse(path, number, name, f"the text is {record[name]!r}; it must be a string")
@@ -212,4 +214,4 @@ def column_of(path: Path, header: Sequence[str], name: str) -> int:
     odd = [c for c in "\t;|" if len(header) == 1 and c in header[0]]
     cure = f"; it seems to be separated by {odd[0]!r}, save it with commas" if odd else ""
     names = ", ".join(header[:12])
-    refuse(path, 1, name, f"there is no such column{hint(name, header)}; it has {names}{cure}")
+    refuse(path, 1, name, f"there is no such column{did_you_mean(name, header)}; it has {names}{cure}")

@@ -4,116 +4,28 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from fwlora_lab.catalog.tasks import GLUE, GLUE_REPOSITORY, GLUE_REVISION, GlueTask, TaskSpec
 from fwlora_lab.data.files import column_of
-from fwlora_lab.data.task import Examples, TaskSpec, Text
-from fwlora_lab.data.text_files import hint, read_text, refuse, refuse_file
+from fwlora_lab.data.task import Examples, Text
+from fwlora_lab.data.text_files import read_text, refuse, refuse_file
 from fwlora_lab.errors import UserError
+from fwlora_lab.text import did_you_mean
 
 if TYPE_CHECKING:
     from fwlora_lab.config.schema import DatasetConfig
-
-GLUE_REPOSITORY = "nyu-mll/glue"
-GLUE_REVISION = "bcdcba79d07bc864c1c254ccfcedcce55bcc9a8c"
-
-
-@dataclass(frozen=True)
-class GlueTask:
-    """One GLUE task: its spec, its columns on the hub, and its file layout in GLUE's download."""
-
-    spec: TaskSpec
-    hub_text: tuple[str, ...]
-    folder: str
-    text: tuple[str, ...]
-    label: str
-    values: tuple[str, ...] = ("0", "1")  # how the files write the labels, in the spec's order
-    header: tuple[str, ...] | None = None  # names for the columns of a file without a header
-    ragged: bool = False  # QQP's files hold questions torn by a line break: such rows are skipped
-
-
-def _glue(
-    name: str,
-    labels: Sequence[str],
-    metrics: Sequence[str],
-    folder: str,
-    hub_text: Sequence[str],
-    *,
-    text: Sequence[str] = (),
-    label: str = "label",
-    **layout: Any,
-) -> GlueTask:
-    spec = TaskSpec(
-        name=name,
-        kind="classification" if labels else "regression",
-        labels=tuple(labels),
-        text_fields=1 if len(hub_text) == 1 else 2,
-        metrics=tuple(metrics),
-        primary=metrics[0],
-    )
-    return GlueTask(spec, tuple(hub_text), folder, tuple(text or hub_text), label, **layout)
-
-
-_ENTAILMENT = ("entailment", "not_entailment")
-_NLI = ("entailment", "neutral", "contradiction")
-_PAIR = ("sentence1", "sentence2")
-GLUE: dict[str, GlueTask] = {
-    task.spec.name: task
-    for task in (
-        _glue("sst2", ("negative", "positive"), ("accuracy",), "SST-2", ("sentence",)),
-        _glue(
-            "cola",
-            ("unacceptable", "acceptable"),
-            ("matthews_correlation",),
-            "CoLA",
-            ("sentence",),
-            header=("source", "label", "mark", "sentence"),
-        ),
-        _glue(
-            "mrpc",
-            ("not_equivalent", "equivalent"),
-            ("f1", "accuracy"),
-            "MRPC",
-            _PAIR,
-            text=("#1 String", "#2 String"),
-            label="Quality",
-        ),
-        _glue(
-            "qqp",
-            ("not_duplicate", "duplicate"),
-            ("f1", "accuracy"),
-            "QQP",
-            ("question1", "question2"),
-            label="is_duplicate",
-            ragged=True,
-        ),
-        _glue("stsb", (), ("pearson", "spearmanr"), "STS-B", _PAIR, label="score", values=()),
-        _glue(
-            "mnli",
-            _NLI,
-            ("accuracy",),
-            "MNLI",
-            ("premise", "hypothesis"),
-            text=_PAIR,
-            label="gold_label",
-            values=_NLI,
-        ),
-        _glue("qnli", _ENTAILMENT, ("accuracy",), "QNLI", ("question", "sentence"), values=_ENTAILMENT),
-        _glue("rte", _ENTAILMENT, ("accuracy",), "RTE", _PAIR, values=_ENTAILMENT),
-        _glue("wnli", ("not_entailment", "entailment"), ("accuracy",), "WNLI", _PAIR),
-    )
-}
 
 
 def load_glue(cfg: DatasetConfig) -> tuple[TaskSpec, Examples, Examples, str]:
     task = GLUE.get(cfg.subset or "")
     if task is None:
         raise UserError(
-            f"dataset.subset: GLUE has no task {cfg.subset!r}{hint(cfg.subset or '', GLUE)}; it has {', '.join(GLUE)}"
+            f"dataset.subset: GLUE has no task {cfg.subset!r}{did_you_mean(cfg.subset or '', GLUE)}; "
+            f"it has {', '.join(GLUE)}"
         )
     splits = (
         _glue_split(task, "split", cfg.split),
@@ -140,7 +52,7 @@ def _glue_split(task: GlueTask, key: str, name: str) -> str:
     if name not in known:
         why = "has no public labels" if name.startswith("test") else "does not exist"
         raise UserError(
-            f"dataset.{key}: {task.spec.name}'s split {name!r} {why}{hint(name, known)}; "
+            f"dataset.{key}: {task.spec.name}'s split {name!r} {why}{did_you_mean(name, known)}; "
             f"choose one of {', '.join(known)}"
         )
     return name
@@ -156,7 +68,7 @@ def _glue_folder(task: GlueTask, root: str) -> Path:
         if "train.tsv" in inside:
             cure = f"give the folder above it, and call this one {task.folder}"
         else:
-            cure = f"it holds {', '.join(inside[:8]) or 'nothing'}{hint(task.folder, inside)}"
+            cure = f"it holds {', '.join(inside[:8]) or 'nothing'}{did_you_mean(task.folder, inside)}"
         raise UserError(f"dataset.root: {root} has no folder {task.folder}/; {cure}")
     return folder
 

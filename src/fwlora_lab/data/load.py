@@ -14,10 +14,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from fwlora_lab.data.files import load_files
-from fwlora_lab.data.glue import load_glue
-from fwlora_lab.data.offline.task import load_offline
-from fwlora_lab.data.task import Examples, TaskData, TaskSpec
+from fwlora_lab.catalog.tasks import TaskSpec, source_of
+from fwlora_lab.data.task import Examples, TaskData
 from fwlora_lab.errors import UserError
 
 if TYPE_CHECKING:
@@ -33,12 +31,9 @@ def load_task(cfg: DatasetConfig) -> TaskData:
 
     Raises UserError naming the file, the line and the column, and the cure.
     """
-    if cfg.name == "glue":
-        spec, train, dev, source = load_glue(cfg)
-    elif cfg.name == "offline":
-        spec, train, dev, source = load_offline(cfg)
-    else:
-        spec, train, dev, source = load_files(cfg)
+    data_source = source_of(cfg.name)
+    assert data_source is not None  # the schema refuses other names
+    spec, train, dev, source = data_source.resolve_loader()(cfg)
     train, validation = _carve(spec, train, cfg)
     train = _subsample(train, cfg)
     if spec.kind == "classification" and len(set(train.labels.tolist())) < 2:

@@ -6,7 +6,7 @@ from typing import Any, cast
 
 import numpy as np
 
-from fwlora_lab.data.task import TaskSpec
+from fwlora_lab.catalog.tasks import TaskSpec
 from fwlora_lab.errors import UserError
 
 

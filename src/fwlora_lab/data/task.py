@@ -3,23 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
 
 import numpy as np
 
+from fwlora_lab.catalog.tasks import TaskSpec
+
 Text = str | tuple[str, str]
-
-
-@dataclass(frozen=True)
-class TaskSpec:
-    """What is to be learnt, and by which metrics it is judged; the primary one comes first."""
-
-    name: str
-    kind: Literal["classification", "regression"]
-    labels: tuple[str, ...]
-    text_fields: Literal[1, 2]
-    metrics: tuple[str, ...]
-    primary: str
 
 
 @dataclass(frozen=True, eq=False)

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from difflib import get_close_matches
 from pathlib import Path
 from typing import NoReturn
 
 from fwlora_lab.errors import UserError
+from fwlora_lab.text import did_you_mean
 
 
 def read_text(path: Path) -> str:
@@ -17,7 +16,7 @@ def read_text(path: Path) -> str:
         beside = [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else []
         why = error.strerror or type(error).__name__
         raise UserError(
-            f"{path}: {why}{hint(path.name, [b for b in beside if b != path.name])}; check the "
+            f"{path}: {why}{did_you_mean(path.name, [b for b in beside if b != path.name])}; check the "
             "path in dataset.root, dataset.train_file and dataset.eval_file"
         ) from error
     if not data.strip():
@@ -40,9 +39,3 @@ def refuse(path: Path, line: int, column: str | None, message: str) -> NoReturn:
 
 def refuse_file(path: Path, message: str) -> NoReturn:
     raise UserError(f"{path}: {message}")
-
-
-def hint(name: str, known: Iterable[str]) -> str:
-    folded = {option.lower(): option for option in known}
-    close = get_close_matches(name.lower(), folded, n=1)
-    return f" (did you mean {folded[close[0]]!r}?)" if close else ""

@@ -8,13 +8,13 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from fwlora_lab.catalog.encoders import ROLES, Encoder
+from fwlora_lab.catalog.encoders import ROLES, EncoderInfo
 from fwlora_lab.catalog.methods import METHODS
-from fwlora_lab.catalog.tasks import GLUE_TRAIN
+from fwlora_lab.catalog.tasks import GLUE
 from fwlora_lab.config.keys import KEYS, search_key
 from fwlora_lab.design.names import arm_of, label
 from fwlora_lab.design.plan import DesignPlan, RunDraft, example_space, example_value
-from fwlora_lab.design.prose import DATA_SETS, ProseNumber, around, texts
+from fwlora_lab.design.prose import ProseNumber, around, texts
 from fwlora_lab.errors import UserError
 from fwlora_lab.text import did_you_mean, one_line
 
@@ -35,7 +35,7 @@ def _budgets(plan: DesignPlan) -> None:
     """Ranks, fixed or searched, against the budget: the percentage that they really spend."""
     for draft in plan.drafts:
         encoder = draft.model.encoder
-        unit = encoder.unit(draft.get("model.lora.target_modules")) if encoder else None
+        unit = encoder.parameters_per_rank(draft.get("model.lora.target_modules")) if encoder else None
         if draft.budget is None or encoder is None or not unit:
             continue
         said = next((s for s in plan.said_budgets if s.value == draft.budget), None)
@@ -43,7 +43,7 @@ def _budgets(plan: DesignPlan) -> None:
         if said is not None:
             budget = plan.request.place(said.place, said.words)
 
-        def spent(rank: int, unit: int = unit, encoder: Encoder = encoder) -> str:
+        def spent(rank: int, unit: int = unit, encoder: EncoderInfo = encoder) -> str:
             return f"rank {rank} is {100 * rank * unit / encoder.parameters:.3f} %"
 
         rank = draft.get("model.lora.rank")
@@ -192,9 +192,9 @@ def _steps(plan: DesignPlan) -> None:
         if draft.arm != "fw_lora":
             continue
         subset = draft.get("dataset.subset")
-        others = [s for s, pattern in DATA_SETS.items() if s != subset and _prose_datasets(plan).get(s)]
-        for name in [subset, *others] if subset in GLUE_TRAIN else []:
-            examples = GLUE_TRAIN[name]
+        others = [s for s in GLUE if s != subset and _prose_datasets(plan).get(s)]
+        for name in [subset, *others] if subset in GLUE else []:
+            examples = GLUE[name].train_examples
             limit, carved = draft.get("dataset.train_examples"), draft.get("dataset.validation_fraction")
             if isinstance(carved, int | float):
                 examples = round(examples * (1 - carved))
@@ -273,7 +273,7 @@ def _targets(plan: DesignPlan) -> None:
         if encoder is None or not isinstance(names, list) or not all(isinstance(n, str) for n in names):
             continue
         model = plan.request.place(draft.model_key, draft.model.name)
-        wrong = [n for n in names if encoder.unit([n]) is None]
+        wrong = [n for n in names if encoder.parameters_per_rank([n]) is None]
         if wrong:
             plan.contradict(
                 "target modules",
@@ -298,8 +298,8 @@ def _prose_datasets(plan: DesignPlan) -> dict[str, tuple[str, str]]:
     found: dict[str, tuple[str, str]] = {}
     for key, text in texts(plan.request):
         if key in ("hypothesis", "hypothesis.experimental_setup", "summary"):
-            for subset, pattern in DATA_SETS.items():
-                match = re.search(pattern, text)
+            for subset, task in GLUE.items():
+                match = re.search(task.prose_pattern, text)
                 if match:
                     found.setdefault(subset, (key, around(text, *match.span())))
     return found

@@ -8,9 +8,7 @@ from __future__ import annotations
 
 import functools
 import json
-import os
 import sys
-import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -23,6 +21,7 @@ from fwlora_lab.design.plan import Contradiction, DesignPlan
 from fwlora_lab.design.read import read_request
 from fwlora_lab.design.request import DesignRequest
 from fwlora_lab.errors import UserError
+from fwlora_lab.files import write_all_atomic
 from fwlora_lab.text import one_line
 
 
@@ -74,27 +73,16 @@ def generate_configs(request: DesignRequest) -> Generated:
 
 def _write(folder: Path, configs: Mapping[str, str]) -> None:
     """All files or none that would replace something else."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        paths = {folder / f"{run_id}.yaml": text.encode() for run_id, text in configs.items()}
-        for path, content in paths.items():
-            if path.exists() and path.read_bytes() != content:
-                raise UserError(f"{path}: exists with other content: remove it, or choose another folder")
-        for path, content in paths.items():
-            handle, name = tempfile.mkstemp(dir=folder, suffix=".tmp")
-            try:
-                with os.fdopen(handle, "wb") as file:
-                    file.write(content)
-                os.chmod(name, 0o644)
-                os.replace(name, path)
-            except BaseException:
-                Path(name).unlink(missing_ok=True)
-                raise
-    except (OSError, ValueError) as error:
-        if isinstance(error, UserError):
-            raise
-        reason = getattr(error, "strerror", None) or error
-        raise UserError(f"{one_line(folder)}: cannot be written: {reason}") from None
+    files = {folder / f"{run_id}.yaml": text.encode() for run_id, text in configs.items()}
+    for path, content in files.items():
+        try:
+            changed = path.exists() and path.read_bytes() != content
+        except (OSError, ValueError) as error:
+            reason = getattr(error, "strerror", None) or error
+            raise UserError(f"{one_line(path)}: cannot be read: {reason}") from None
+        if changed:
+            raise UserError(f"{path}: exists with other content: remove it, or choose another folder")
+    write_all_atomic(files)
 
 
 def generate(

@@ -6,9 +6,9 @@ import re
 from collections.abc import Iterable
 from typing import NamedTuple
 
-from fwlora_lab.catalog.encoders import ENCODERS, Encoder
+from fwlora_lab.catalog.encoders import ENCODERS, EncoderInfo
 from fwlora_lab.catalog.methods import METHODS, MethodName
-from fwlora_lab.catalog.tasks import GLUE_SUBSETS
+from fwlora_lab.catalog.tasks import GLUE
 from fwlora_lab.design.request import DesignRequest
 from fwlora_lab.design.schema import DesignDataset, DesignModel
 from fwlora_lab.errors import UserError
@@ -54,7 +54,7 @@ class ResolvedModel(NamedTuple):
     pretrained_id: str
     revision: str | None
     stated: int | None
-    encoder: Encoder | None
+    encoder: EncoderInfo | None
     given_id: bool
 
 
@@ -82,7 +82,7 @@ def subset_of(text: str) -> str | None:
     """`SST-2 (GLUE)` -> `sst2`."""
     for part in (re.sub(r"\(.*?\)", "", text), *re.findall(r"\((.*?)\)", text), *text.split("/")):
         word = re.sub(r"[^a-z0-9]", "", part.lower()).removeprefix("glue")
-        if word in GLUE_SUBSETS:
+        if word in GLUE:
             return word
     return None
 

@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from omegaconf._utils import get_yaml_loader
 from pydantic import ValidationError
 
+from fwlora_lab.config.hydra_bridge import yaml_loader
 from fwlora_lab.config.issues import issues_of
 from fwlora_lab.config.yaml_reader import inspect_node, syntax_message
 from fwlora_lab.design.request import DesignRequest
@@ -38,8 +38,6 @@ def read_text(path: Path) -> str:
     except UnicodeDecodeError as error:
         raise UserError(f"{path}: byte {error.start} is not UTF-8 text: save the file as UTF-8") from None
     except (OSError, ValueError) as error:
-        if isinstance(error, UserError):
-            raise
         raise UserError(f"{str(path)[:200]!r}: cannot be read: {getattr(error, 'strerror', None) or error}") from None
     if not text.strip():
         raise UserError(f"{path}: is empty: a design names proposed_method, models and datasets")
@@ -73,8 +71,6 @@ def read_json(text: str, where: str) -> Any:
     except json.JSONDecodeError as error:
         raise UserError(f"{where}:{error.lineno}:{error.colno}: is not JSON: {error.msg}") from None
     except ValueError as error:
-        if isinstance(error, UserError):
-            raise
         raise UserError(f"{where}: holds a number that cannot be read: {one_line(error)}") from None
 
 
@@ -96,7 +92,7 @@ def read_yaml(text: str, where: str) -> tuple[dict[str, Any], dict[str, int]]:
     try:
         if deepest > 500:
             raise RecursionError
-        loader = get_yaml_loader()(text)
+        loader = yaml_loader(text)
         node = loader.get_single_node()
         if not isinstance(node, yaml.MappingNode):
             raise UserError(f"{where}: must hold keys such as `proposed_method:` at its top")
@@ -114,8 +110,6 @@ def read_yaml(text: str, where: str) -> tuple[dict[str, Any], dict[str, int]]:
     except RecursionError:
         raise UserError(f"{where}: is nested too deeply: a design has four levels") from None
     except ValueError as error:
-        if isinstance(error, UserError):
-            raise
         raise UserError(f"{where}: holds a value that cannot be read: {one_line(error)}") from None
 
 
@@ -133,8 +127,6 @@ def check_design(
     except ValidationError as error:
         request = DesignRequest(source, ExperimentDesign.model_construct(), spelling, lines)
         messages = []
-        for key, text in issues_of(error, data):
-            if text.startswith("is no key of a run config"):
-                text = f"is no key of a design{did_you_mean(key.rsplit('.', 1)[-1], DESIGN_KEYS)}"
-            messages.append(request.place(one_line(key), one_line(text, 400)))
+        for issue in issues_of(error, data, lambda key: did_you_mean(key.rsplit(".", 1)[-1], DESIGN_KEYS)):
+            messages.append(request.place(one_line(issue.key), one_line(issue.text, 400)))
         raise UserError(listing(messages)) from None

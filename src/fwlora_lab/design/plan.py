@@ -15,13 +15,14 @@ from typing import Any, NamedTuple
 from pydantic import ValidationError
 
 from fwlora_lab.catalog.methods import MethodName
-from fwlora_lab.catalog.tasks import GLUE_SUBSETS
+from fwlora_lab.catalog.tasks import TASKS, source_of
 from fwlora_lab.config.checks import reads
+from fwlora_lab.config.faults import InvalidRun
 from fwlora_lab.config.former_names import present_leaf, with_present_names
 from fwlora_lab.config.issues import issues_of
 from fwlora_lab.config.keys import KEYS, get_key, schema_defaults, search_key
 from fwlora_lab.config.schema import Dimension
-from fwlora_lab.config.validation import InvalidRun, validate_run
+from fwlora_lab.config.validation import validate_run
 from fwlora_lab.design.airas import named_dimensions
 from fwlora_lab.design.names import ResolvedModel, arm_named, arm_of, label, model_of, plain, slug, subset_of
 from fwlora_lab.design.prose import budgets_in_prose, numbers_in_prose
@@ -312,11 +313,12 @@ class DesignPlan:
         subset = subset_of(name)
         kind = settings.get("name")
         if kind is None:
-            kind = "glue" if subset is not None else "offline" if name.lower() == "offline" else None
+            task = TASKS.get(subset or name.lower())
+            kind = task.source.name if task is not None else None
         if kind is None:
             raise UserError(
                 f"{self.request.place(draft.dataset_key)}: {one_line(name, 80)!r} is no data set known here"
-                f"{did_you_mean(name[:80], GLUE_SUBSETS)}: name a GLUE task or offline, or give a block of name and "
+                f"{did_you_mean(name[:80], TASKS)}: name a GLUE task or offline, or give a block of name and "
                 "settings (name: csv, train_file, eval_file, text_column, label_column)"
             )
         draft.put("dataset.name", kind, place=draft.dataset_key)
@@ -423,8 +425,8 @@ class DesignPlan:
             draft.put("model.lora.alpha", 2 * rank if isinstance(rank, int) else 16, "twice the rank, LoRA's custom")
         draft.put("model.lora.dropout", get_key(_DEFAULTS, "model.lora.dropout"), note)
         draft.put("model.lora.target_modules", get_key(_DEFAULTS, "model.lora.target_modules"), note)
-        kind = draft.get("dataset.name")
-        if kind in ("glue", "offline"):
+        source = source_of(str(draft.get("dataset.name")))
+        if source is not None and "split" in source.keys:
             draft.put("dataset.split", "train", _BLOCK_NOTE["dataset"])
             dev = "validation_matched" if draft.get("dataset.subset") == "mnli" else "validation"
             draft.put("dataset.eval_split", dev, _BLOCK_NOTE["dataset"])
@@ -476,7 +478,8 @@ class DesignPlan:
             validate_run(data)
         except InvalidRun as error:
             messages = []
-            for key, text in error.issues:
+            for issue in error.issues:
+                key, text = issue.key, issue.text
                 value = draft.values.get(key)
                 origin = value.place if value is not None else ""
                 for _, name, place in draft.search.values():

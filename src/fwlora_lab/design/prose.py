@@ -12,10 +12,6 @@ from fwlora_lab.design.spaces import NUMBER, number
 from fwlora_lab.errors import UserError
 from fwlora_lab.text import one_line
 
-DATA_SETS = {
-    "sst2": r"\bSST-?2\b", "cola": r"\bCoLA\b", "mrpc": r"\bMRPC\b", "qqp": r"\bQQP\b", "stsb": r"\bSTS-?B\b",
-    "mnli": r"\bMNLI\b", "qnli": r"\bQNLI\b", "rte": r"\bRTE\b", "wnli": r"\bWNLI\b",
-}  # fmt: skip
 _PROSE = {
     "training.epochs": r"\b(\d{1,4})\s*epochs?\b",
     "training.batch_size": r"\bbatch(?:[ -]?size)?\s*(?:of|=|:)?\s*(\d{1,6})\b",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
+from fwlora_lab.catalog.extensions import load_extensions
 from fwlora_lab.design.airas import airas_part, commits_of, from_airas, run_configs_of
 from fwlora_lab.design.parse import MAX_YAML_BYTES, check_design, read_json, read_text, read_yaml
 from fwlora_lab.design.prompt import read_prompt
@@ -19,6 +20,7 @@ def read_request(source: str, complete: bool = True) -> DesignRequest:
     Where it need not be `complete`, its design may be a `Sketch`, and a text or Markdown file that names no key of a
     design is prose: the hypothesis.
     """
+    load_extensions()
     path = Path(source)
     text = read_text(path)
     start = text.lstrip()

@@ -5,8 +5,9 @@ from __future__ import annotations
 import json
 from typing import Annotated
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 
+from fwlora_lab.config.block import Block
 from fwlora_lab.config.schema import Dimension, Positive, RunId, Text
 
 Name = Annotated[Text, Field(max_length=200)]
@@ -18,11 +19,7 @@ Percent = Annotated[float, Field(gt=0, le=100)]
 SpaceText = str | int | float | list[Scalar] | Dimension
 
 
-class Part(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False, hide_input_in_errors=True)
-
-
-class Hypothesis(Part):
+class Hypothesis(Block):
     """What the experiment is to show, in prose; numbers in it are read where no list states them."""
 
     open_problems: Prose | None = None
@@ -33,7 +30,7 @@ class Hypothesis(Part):
     expected_conclusion: Prose | None = None
 
 
-class DesignMethod(Part):
+class DesignMethod(Block):
     """A method; `settings` and `hyperparameters_to_search` are its own and win over the design's."""
 
     name: Name
@@ -43,7 +40,7 @@ class DesignMethod(Part):
     n_trials: Positive | None = None
 
 
-class DesignModel(Part):
+class DesignModel(Block):
     """A backbone: its name, where it comes from, and the size that the design believes it has."""
 
     name: Name
@@ -52,14 +49,14 @@ class DesignModel(Part):
     parameters: Positive | None = None
 
 
-class DesignDataset(Part):
+class DesignDataset(Block):
     """A data set; `settings` are keys of a run config's `dataset` block (name, subset, train_file, …)."""
 
     name: Name
     settings: dict[str, Setting] = Field(default_factory=dict)
 
 
-class DesignRun(Part):
+class DesignRun(Block):
     """One run: `method` is `proposed`, `comparative-<i>` or a method's name.
 
     `model` and `dataset` may be left out where the design has one of them.
@@ -73,7 +70,7 @@ class DesignRun(Part):
     settings: dict[str, Setting] = Field(default_factory=dict)
 
 
-class ExperimentDesign(Part):
+class ExperimentDesign(Block):
     """A hypothesis and the experiment that tests it.
 
     Without `runs` there is one for every method × model × dataset × budget. `settings` maps keys of a run config

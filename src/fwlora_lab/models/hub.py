@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import difflib
 import os
 import re
 import sys
@@ -21,9 +20,10 @@ from huggingface_hub.errors import (
 )
 from huggingface_hub.utils import disable_progress_bars, get_session
 
-from fwlora_lab.catalog.encoders import ALIASES, PINNED
+from fwlora_lab.catalog.encoders import MINILM, aliases, pinned_revisions
 from fwlora_lab.errors import UserError
 from fwlora_lab.models.load_errors import WHAT_CAN_BE_MEANT, first_line
+from fwlora_lab.text import did_you_mean
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
 _PATIENCE_S = 3.0
@@ -44,7 +44,7 @@ WEIGHT_FILES = ["model.safetensors", "model.safetensors.index.json", "model-*.sa
 
 def is_hub_id(wanted: str) -> bool:
     """A known id, or the shape of one where no folder of that name lies."""
-    if wanted in ALIASES or wanted in PINNED:
+    if wanted in aliases() or wanted in pinned_revisions():
         return True
     if os.path.exists(wanted):
         return False
@@ -53,13 +53,12 @@ def is_hub_id(wanted: str) -> bool:
 
 def commit_of(repo: str, revision: str | None) -> str:
     """The full commit hash that stands in the config or is pinned here; a branch is not a pin."""
-    if revision is None and repo in PINNED:
-        return PINNED[repo]
+    pinned = pinned_revisions()
+    if revision is None and repo in pinned:
+        return pinned[repo]
     if revision is not None and _COMMIT.fullmatch(revision):
         return revision
-    known = ["minilm", *ALIASES, *PINNED]
-    near = difflib.get_close_matches(repo, known, n=1)
-    hint = f" Did you mean {near[0]!r}?" if near else ""
+    known = [MINILM.pretrained_id, *aliases(), *pinned]
     no_folder = "" if revision else " and no folder of that name lies here"
     problem = (
         f"model.revision={revision!r} is not a full commit hash (40 characters 0-9a-f)"
@@ -73,7 +72,7 @@ def commit_of(repo: str, revision: str | None) -> str:
         cure = "The hub knows no model of this id, or it is private: check the id"
     except Exception:  # the hub's word is a courtesy here; without it the reader looks it up
         cure = f"Copy the commit from {constants.ENDPOINT}/{repo}/commits/main into model.revision"
-    raise UserError(f"{problem}, so a run could not be repeated.{hint} {cure}.")
+    raise UserError(f"{problem}, so a run could not be repeated{did_you_mean(repo, known)}. {cure}.")
 
 
 def hub_trouble() -> str | None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import fnmatch
 import importlib.metadata
 import json
@@ -17,6 +16,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_SEQUENCE_CLASSIFICA
 
 from fwlora_lab.errors import UserError
 from fwlora_lab.models.load_errors import CHECK_CONFIG, FETCH_AGAIN, WHAT_CAN_BE_MEANT, as_user_error, first_line
+from fwlora_lab.text import did_you_mean
 
 _VOCABULARIES = ("tokenizer.json", "vocab.txt", "vocab.json", "*.model")
 
@@ -39,12 +39,10 @@ def read_config(folder: Path, where: str) -> PreTrainedConfig:
             "model with transformers' save_pretrained, or add its model_type (bert, roberta, …)."
         )
     if raw["model_type"] not in CONFIG_MAPPING:
-        near = difflib.get_close_matches(raw["model_type"], list(CONFIG_MAPPING.keys()), n=1)
-        hint = f" Did you mean {near[0]!r}?" if near else ""
+        similar = did_you_mean(raw["model_type"], CONFIG_MAPPING.keys())
         raise UserError(
             f"{where}: transformers {importlib.metadata.version('transformers')} has no "
-            f"architecture model_type={raw['model_type']!r}.{hint} Correct config.json or use "
-            "another model."
+            f"architecture model_type={raw['model_type']!r}{similar}. Correct config.json or use another model."
         )
     with as_user_error(f"{where}: config.json is not valid", CHECK_CONFIG):
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)

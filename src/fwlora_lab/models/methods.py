@@ -24,8 +24,8 @@ from transformers import AutoModelForSequenceClassification, get_scheduler
 
 import fwlora
 from fwlora.budget import count, lora_kwargs, matrices, parameters_of_percent, rank_pattern
+from fwlora_lab.catalog.tasks import TaskSpec
 from fwlora_lab.config.schema import FWLoraSettings, RunConfig
-from fwlora_lab.data.task import TaskSpec
 from fwlora_lab.errors import UserError
 from fwlora_lab.models.backbones import Backbone
 from fwlora_lab.models.classifier import build_classifier, head_modules

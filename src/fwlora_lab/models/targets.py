@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import re
 from collections.abc import Sequence
 
@@ -11,20 +10,10 @@ from torch import nn
 from transformers import AutoModelForSequenceClassification, PreTrainedConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
+from fwlora_lab.catalog.encoders import ROLES
 from fwlora_lab.errors import UserError
 from fwlora_lab.models.classifier import head_parts
-
-# What a name in lora.target_modules means: the path of a Linear below its layer, that is what
-# follows the last number in the module's full name. The request's names are those of BERT;
-# ModernBERT fuses query, key and value.
-_ROLES = {
-    "query": {"attention.self.query", "attention.self.query_proj", "attn.Wqkv"},
-    "key": {"attention.self.key", "attention.self.key_proj", "attn.Wqkv"},
-    "value": {"attention.self.value", "attention.self.value_proj", "attn.Wqkv"},
-    "attention.output": {"attention.output.dense", "attn.Wo"},
-    "intermediate": {"intermediate.dense", "mlp.Wi"},
-    "output": {"output.dense", "mlp.Wo"},
-}
+from fwlora_lab.text import did_you_mean
 
 
 def target_linears(model_or_config: PreTrainedModel | PreTrainedConfig, names: Sequence[str]) -> list[str]:
@@ -52,7 +41,7 @@ def target_linears(model_or_config: PreTrainedModel | PreTrainedConfig, names: S
         if name == "all-linear":
             matches = set(linears)
         else:
-            matches = {full for full in linears if _below_layer(full) in _ROLES.get(name, ())}
+            matches = {full for full in linears if _below_layer(full) in ROLES.get(name, ())}
             # a role that this architecture lacks may still be the name of its modules
             matches = matches or {f for f in linears if f == name or f.endswith(f".{name}")}
         if not matches:
@@ -77,14 +66,12 @@ def _below_layer(full_name: str) -> str:
 
 def _no_such_target(model: PreTrainedModel, name: str, linears: list[str]) -> str:
     below = {_below_layer(full) for full in linears}
-    roles = [role for role, paths in _ROLES.items() if paths & below]
+    roles = [role for role, paths in ROLES.items() if paths & below]
     ends = {path.rpartition(".")[2] for path in below} - {"dense", *roles}
     usable = [*roles, *sorted(ends), "all-linear"]
-    near = difflib.get_close_matches(name, [*usable, *below], n=1)
-    hint = f" Did you mean {near[0]!r}?" if near else ""
     others = [type(module).__name__ for full, module in model.named_modules() if full.rpartition(".")[2] == name]
     what = f"names a {others[0]} and no" if others else "matches no"
     return (
         f"model.lora.target_modules: {name!r} {what} Linear layer of this "
-        f"{model.config.model_type} encoder.{hint} Usable names: {', '.join(usable)}."
+        f"{model.config.model_type} encoder{did_you_mean(name, [*usable, *below])}. Usable names: {', '.join(usable)}."
     )

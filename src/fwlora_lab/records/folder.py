@@ -12,10 +12,7 @@ results_dir/study.json says which of these runs a study is made of, and what it 
 
 from __future__ import annotations
 
-import errno
 import json
-import os
-import shutil
 import warnings
 import zipfile
 from collections.abc import Callable, Iterator
@@ -30,7 +27,10 @@ from fwlora_lab.config.fingerprint import fingerprint, in_fingerprint
 from fwlora_lab.config.schema import RunConfig
 from fwlora_lab.config.yaml_writer import to_yaml
 from fwlora_lab.errors import UserError
+from fwlora_lab.files import cannot_write, clear_leftovers, write_folder_atomic
 from fwlora_lab.records.record import Record, Status
+
+ADVICE = "set results_dir=DIR"  # what a user can do where results cannot be written
 
 
 class RunDir:
@@ -60,9 +60,9 @@ class RunDir:
             yield False
             return
         except OSError as error:
-            raise cannot_write(self.parent, error) from error
+            raise cannot_write(self.parent, error, ADVICE) from error
         try:
-            self._clear_leftovers()
+            clear_leftovers(self.path)
             yield True
         finally:
             lock.release()
@@ -82,39 +82,18 @@ class RunDir:
             UserError: the disk is full or the folder cannot be written; nothing half-written is
                 left, and the former run stays.
         """
-        new = self.parent / f".{self._name}.{os.getpid()}.tmp"
-        old = self.parent / f".{self._name}.{os.getpid()}.old"
-        try:
-            new.mkdir(parents=True)
-            (new / "config.yaml").write_text(to_yaml(cfg), encoding="utf-8")
-            write_json(new / "record.json", record.model_dump(mode="json"))
-            if record.status == "complete":
-                write_json(new / "metrics.json", _flat_metrics(record))
-            if logits is not None and labels is not None:
-                np.savez(new / "predictions.npz", logits=logits.astype(np.float32), labels=labels)
-            if save_adapter is not None:
-                save_adapter(new / "adapter")
-            if self.path.exists():
-                self.path.rename(old)
-            new.rename(self.path)
-        except BaseException as error:
-            shutil.rmtree(new, ignore_errors=True)
-            if old.exists() and not self.path.exists():
-                old.rename(self.path)
-            if _is_disk_trouble(error):
-                raise cannot_write(self.path, error) from error
-            raise
-        shutil.rmtree(old, ignore_errors=True)
 
-    def _clear_leftovers(self) -> None:
-        for old in self.parent.glob(f".{self._name}.*.old"):
-            # Killed between the two renames: the former run is still the run.
-            if self.path.exists():
-                shutil.rmtree(old, ignore_errors=True)
-            else:
-                old.rename(self.path)
-        for half in self.parent.glob(f".{self._name}.*.tmp"):
-            shutil.rmtree(half, ignore_errors=True)
+        def fill(folder: Path) -> None:
+            (folder / "config.yaml").write_text(to_yaml(cfg), encoding="utf-8")
+            (folder / "record.json").write_text(json_text(record.model_dump(mode="json")), encoding="utf-8")
+            if record.status == "complete":
+                (folder / "metrics.json").write_text(json_text(_flat_metrics(record)), encoding="utf-8")
+            if logits is not None and labels is not None:
+                np.savez(folder / "predictions.npz", logits=logits.astype(np.float32), labels=labels)
+            if save_adapter is not None:
+                save_adapter(folder / "adapter")
+
+        write_folder_atomic(self.path, fill, ADVICE)
 
 
 def load_record(path: str | Path) -> Record:
@@ -202,9 +181,9 @@ def _flat_metrics(record: Record) -> dict[str, float]:
     return record.metrics | ({} if loss is None else {"loss": loss}) | seconds
 
 
-def write_json(path: Path, content: object) -> None:
-    text = json.dumps(content, sort_keys=True, indent=2, ensure_ascii=False, allow_nan=False)
-    path.write_text(text + "\n", encoding="utf-8")
+def json_text(content: object) -> str:
+    """JSON with sorted keys and an indent of two, as all files of a results folder have it."""
+    return json.dumps(content, sort_keys=True, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
 
 
 def _flatten(tree: object, prefix: str = "") -> Iterator[tuple[str, object]]:
@@ -213,16 +192,3 @@ def _flatten(tree: object, prefix: str = "") -> Iterator[tuple[str, object]]:
             yield from _flatten(value, f"{prefix}.{key}" if prefix else str(key))
     else:
         yield prefix, tree
-
-
-def _is_disk_trouble(error: BaseException) -> bool:
-    # safetensors wraps the system's error in a class of its own and keeps only its text.
-    return isinstance(error, OSError) or "(os error " in str(error)
-
-
-def cannot_write(path: Path, error: BaseException) -> UserError:
-    number = getattr(error, "errno", None)
-    full = number in (errno.ENOSPC, errno.EDQUOT) or "(os error 28)" in str(error)
-    cause = "the disk is full" if full else getattr(error, "strerror", None) or str(error)
-    cure = "Free some space" if full else "Choose a folder that can be written"
-    return UserError(f"{path}: cannot write results: {cause}. {cure}, or set results_dir=DIR.")

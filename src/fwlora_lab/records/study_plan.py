@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import Any, Literal
 
 from pydantic import ValidationError
 
 from fwlora_lab.errors import UserError
-from fwlora_lab.records.folder import cannot_write, write_json
+from fwlora_lab.files import write_atomic
+from fwlora_lab.records.folder import ADVICE, json_text
 from fwlora_lab.records.record import SCHEMA_VERSION, RecordBlock
 
 
@@ -60,11 +60,4 @@ def load_plan(results_dir: str | Path) -> StudyPlan | None:
 def write_plan(results_dir: str | Path, plan: StudyPlan) -> None:
     """Write study.json in one piece; UserError where that cannot be done."""
     file = Path(results_dir) / "study.json"
-    half = file.with_name(f".study.{os.getpid()}.tmp")
-    try:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        write_json(half, plan.model_dump(mode="json"))
-        half.replace(file)
-    except OSError as error:
-        half.unlink(missing_ok=True)
-        raise cannot_write(file, error) from error
+    write_atomic(file, json_text(plan.model_dump(mode="json")), ADVICE)

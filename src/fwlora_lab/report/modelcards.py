@@ -11,13 +11,13 @@ from typing import Any
 import yaml
 
 from fwlora_lab.analysis.study import Analysis, Group
+from fwlora_lab.catalog.encoders import MINILM
+from fwlora_lab.catalog.tasks import GLUE_REPOSITORY
 from fwlora_lab.errors import UserError
 from fwlora_lab.records.folder import RunDir, load_predictions
 from fwlora_lab.records.record import Record
 from fwlora_lab.report.templates import render
 
-_GLUE = "nyu-mll/glue"
-_HUB_NAMES = {"minilm": "sentence-transformers/all-MiniLM-L6-v2"}
 _SIGNATURE = "written by fwlora report; it writes this card again as long as nobody changed it: sha256 "
 
 
@@ -66,10 +66,10 @@ def _is_pefts(text: str) -> bool:
 def _card(analysis: Analysis, g: Group, method: str, record: Record, run: Path) -> str:
     model, data = record.config.get("model", {}), record.config.get("dataset", {})
     asked, glue = str(model.get("pretrained_id")), data.get("name") == "glue"
-    on_hub = _HUB_NAMES.get(asked) or (asked if record.backbone.commit else None)
+    on_hub = MINILM.hub_id if asked == MINILM.pretrained_id else asked if record.backbone.commit else None
     dataset = {
         "name": f"GLUE {g.task}" if glue else g.task,
-        "type": _GLUE if glue else str(data.get("name")),
+        "type": GLUE_REPOSITORY if glue else str(data.get("name")),
         "split": data.get("eval_split") if record.evaluated_on == "dev" else "train",
     } | ({"config": data.get("subset")} if glue else {})
     result = {
@@ -85,7 +85,7 @@ def _card(analysis: Analysis, g: Group, method: str, record: Record, run: Path) 
         "model-index": [{"name": f"{record.run_id}-seed-{record.seed}", "results": [result]}],
     }
     header |= {"base_model": on_hub} if on_hub else {}
-    header |= {"datasets": [_GLUE]} if glue else {}
+    header |= {"datasets": [GLUE_REPOSITORY]} if glue else {}
     return render(
         "card.md",
         header=yaml.safe_dump(header, sort_keys=True, allow_unicode=True).strip(),

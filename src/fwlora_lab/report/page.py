@@ -18,18 +18,15 @@ same bytes.
 from __future__ import annotations
 
 import base64
-import errno
 import hashlib
 import json
-import os
 from collections import Counter
-from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
 
 from fwlora_lab.analysis.read import RunResult, StudyResults, read_study
 from fwlora_lab.analysis.study import BOOTSTRAP_SEED, DRAWS, Analysis, analyse
-from fwlora_lab.errors import UserError
+from fwlora_lab.files import write_all_atomic
 from fwlora_lab.report import cards, figures, headline, pictures, tables, templates
 from fwlora_lab.report.aggregate import aggregated_metrics, run_metrics
 from fwlora_lab.report.latex import latex_table
@@ -60,29 +57,8 @@ def write_report(results_dir: str | Path) -> Path:
     files |= model_cards(analysis)
     page = study.folder / "report.html"
     files[page] = render_page(analysis)
-    _write_all(files)
+    write_all_atomic(files)
     return page
-
-
-def _write_all(files: Mapping[Path, str]) -> None:
-    """Write all files under temporary names, and only when that went well move them into place."""
-    halves = {path: path.with_name(f".{path.name}.{os.getpid()}.tmp") for path in files}
-    path = next(iter(files))
-    try:
-        for path, text in files.items():
-            path.parent.mkdir(parents=True, exist_ok=True)
-            halves[path].write_text(text, encoding="utf-8", newline="\n")
-        for path, half in halves.items():
-            half.replace(path)
-    except OSError as error:
-        full = error.errno in (errno.ENOSPC, errno.EDQUOT)
-        cause = "the disk is full" if full else error.strerror or str(error)
-        cure = "Free some space" if full else "Make the folder one that can be written"
-        raise UserError(f"{path}: the report cannot be written: {cause}. {cure}, and ask for it again.") from error
-    finally:
-        for half in halves.values():
-            with suppress(OSError):
-                half.unlink(missing_ok=True)
 
 
 def _json(content: object) -> str:

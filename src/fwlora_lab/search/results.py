@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import csv
 import io
-import os
 import sys
 import warnings
 from collections.abc import Sequence
 from datetime import UTC, datetime
-from pathlib import Path
 from typing import Any
 
 import optuna
@@ -19,7 +17,8 @@ from fwlora_lab.config.former_names import stored_key
 from fwlora_lab.config.schema import RunConfig
 from fwlora_lab.config.validation import with_values
 from fwlora_lab.config.yaml_writer import to_yaml
-from fwlora_lab.errors import UserError
+from fwlora_lab.files import write_atomic
+from fwlora_lab.records.folder import ADVICE
 from fwlora_lab.search.spec import Search
 from fwlora_lab.search.trials import SCORES, SharedStudy, cause_of, is_counted, params_of, redacted
 
@@ -65,10 +64,12 @@ def write_results(search: Search, shared: SharedStudy, metric: str) -> None:
     """Write best.yaml, the tables and the plots of a study as it stands."""
     trials = shared.trials()
     best = best_of(trials, search.optuna.direction)
-    _write(search.folder / "trials.csv", _table(search, trials, metric))
+    write_atomic(search.folder / "trials.csv", _table(search, trials, metric), ADVICE)
     if best is None:
         return
-    _write(search.folder / "best.yaml", _header(search, best, trials, metric) + to_yaml(best_config(search, best)))
+    write_atomic(
+        search.folder / "best.yaml", _header(search, best, trials, metric) + to_yaml(best_config(search, best)), ADVICE
+    )
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
         # A slice through a parameter that had one value.
@@ -76,7 +77,7 @@ def write_results(search: Search, shared: SharedStudy, metric: str) -> None:
         importances = _importances(shared.study)
         if importances:
             rows = [["parameter", "importance"], *([key, f"{value:.6g}"] for key, value in importances.items())]
-            _write(search.folder / "importances.csv", _csv(rows))
+            write_atomic(search.folder / "importances.csv", _csv(rows), ADVICE)
         _plot(search, shared.study, metric, with_importances=bool(importances))
 
 
@@ -140,18 +141,4 @@ def _plot(search: Search, study: optuna.Study, metric: str, with_importances: bo
             file = io.StringIO()
             figure.savefig(file, format="svg", bbox_inches="tight", metadata={"Date": None})
             plt.close(figure)
-            _write(search.folder / f"{name}.svg", file.getvalue())
-
-
-def _write(path: Path, text: str) -> None:
-    """Write a file in one piece; UserError where that cannot be done."""
-    half = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        half.write_text(text, encoding="utf-8")
-        half.replace(path)
-    except OSError as error:
-        half.unlink(missing_ok=True)
-        raise UserError(
-            f"{path}: cannot be written: {error.strerror}. Free some space, or set results_dir=DIR."
-        ) from error
+            write_atomic(search.folder / f"{name}.svg", file.getvalue(), ADVICE)

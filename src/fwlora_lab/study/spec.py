@@ -5,8 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import Field, ValidationError, model_validator
 
+from fwlora_lab.config.block import Block
 from fwlora_lab.config.issues import issues_of
 from fwlora_lab.config.schema import Dimension
 from fwlora_lab.config.tree import CONF
@@ -15,18 +16,14 @@ from fwlora_lab.errors import UserError
 from fwlora_lab.text import did_you_mean, listing
 
 
-class StudyBlock(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False, hide_input_in_errors=True)
-
-
-class TaskPart(StudyBlock):
+class TaskPart(Block):
     """Overrides that make the base run one on this task; `n_trials` where tuning is dearer or cheaper here."""
 
     set: list[str] = []
     n_trials: Annotated[int, Field(ge=1)] | None = None
 
 
-class MethodPart(StudyBlock):
+class MethodPart(Block):
     """Overrides that make the base run this method; `space`: what is searched besides, or in place of, all methods'."""
 
     about: str
@@ -34,7 +31,7 @@ class MethodPart(StudyBlock):
     space: dict[str, Dimension] = {}
 
 
-class Selection(StudyBlock):
+class Selection(Block):
     """How hyper-parameters are chosen.
 
     fixed: they are those of the configs. tuned: each method gets `n_trials` trials on each task and budget, scored on a
@@ -55,7 +52,7 @@ class Selection(StudyBlock):
         return self
 
 
-class StudySpec(StudyBlock):
+class StudySpec(Block):
     """A study as its file describes it; `base` is a run's id or file, `set` overrides for every run."""
 
     about: str
@@ -104,11 +101,9 @@ def load_study(name: str) -> StudySpec:
         return study.model_copy(update={"base": str(beside)}) if beside.is_file() else study
     except ValidationError as error:
         faults = []
-        for key, text in issues_of(error, file.values):
-            if text.startswith("is no key of a run config"):
-                text = f"is no key of a study{did_you_mean(key.rsplit('.', 1)[-1], _keys())}"
-            line = file.lines.get(key)
-            faults.append(f"{path}{f':{line}' if line else ''}: {key + ': ' if key else ''}{text}")
+        for issue in issues_of(error, file.values, lambda key: did_you_mean(key.rsplit(".", 1)[-1], _keys())):
+            line = file.lines.get(issue.key)
+            faults.append(f"{path}{f':{line}' if line else ''}: {issue.key + ': ' if issue.key else ''}{issue.text}")
         raise UserError(listing(faults)) from None
 
 

@@ -11,10 +11,11 @@ from typing import cast
 import torch
 from torch import Tensor
 
+from fwlora_lab.catalog.tasks import TaskSpec
 from fwlora_lab.config.checks import check_warmup, warnings_of
 from fwlora_lab.config.schema import RunConfig
 from fwlora_lab.data.load import load_task
-from fwlora_lab.data.task import TaskData, TaskSpec
+from fwlora_lab.data.task import TaskData
 from fwlora_lab.data.tokens import TokenTable, collate, length_groups, tokenize
 from fwlora_lab.errors import UserError
 from fwlora_lab.lanes.settings import supports

@@ -9,17 +9,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from hydra import version
-from hydra._internal.callbacks import Callbacks
-from hydra._internal.hydra import Hydra
-from hydra._internal.utils import create_config_search_path
-from hydra.core.global_hydra import GlobalHydra
-from hydra.core.plugins import Plugins
-from hydra.errors import HydraException
-from hydra.types import HydraContext, RunMode
-from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
-
+from fwlora_lab.config import hydra_bridge
 from fwlora_lab.errors import UserError
 
 _LAUNCHER = "hydra/launcher="
@@ -50,7 +40,7 @@ class _Task:
         self.work = work
         self.parent = parent
 
-    def __call__(self, _: DictConfig) -> Any:
+    def __call__(self, _: object) -> Any:
         if self.parent not in (None, os.getpid()):  # joblib with one worker, or with threads, starts no process
             leave_with(self.parent)
         return self.work()
@@ -74,28 +64,11 @@ def launch(work: Callable[[], Any], workers: int, words: Sequence[str], folder: 
     on_this_machine = f"{_LAUNCHER}joblib" in words
     if on_this_machine and not any(word.startswith(f"{_SETTINGS}n_jobs=") for word in words):
         words.append(f"{_SETTINGS}n_jobs={workers}")
-    before = GlobalHydra.instance().hydra
-    GlobalHydra.instance().hydra = None
+    task = _Task(work, os.getpid() if on_this_machine else None)
     try:
-        version.setbase("1.3")
-        hydra = Hydra.create_main_hydra2("fwlora", create_config_search_path(None))
-        quiet = ["hydra/hydra_logging=disabled", "hydra/job_logging=disabled", "hydra.output_subdir=null"]
-        config = hydra.compose_config(None, [*quiet, *words], run_mode=RunMode.MULTIRUN)
-        OmegaConf.set_readonly(config.hydra, False)
-        config.hydra.sweep.dir = str(folder.resolve())
-        config.hydra.sweep.subdir = "${hydra.job.num}"
-        context = HydraContext(config_loader=hydra.config_loader, callbacks=Callbacks(config))
-        launcher = Plugins.instance().instantiate_launcher(
-            hydra_context=context, task_function=_Task(work, os.getpid() if on_this_machine else None), config=config
-        )
-        quoted = str(folder.resolve()).replace("\\", r"\\").replace("'", r"\'")
-        done = launcher.launch([[f"hydra.sweep.dir='{quoted}'"]] * workers, initial_job_idx=0)
-    except (HydraException, OmegaConfBaseException) as error:
-        reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
+        return hydra_bridge.launch(task, workers, words, folder)
+    except hydra_bridge.LauncherError as error:
         raise UserError(
-            f"{' '.join(words)}: {reason}. The launchers joblib, submitit_local and submitit_slurm come with "
+            f"{' '.join(words)}: {error}. The launchers joblib, submitit_local and submitit_slurm come with "
             "pip install 'fwlora[workers]'"
         ) from error
-    finally:
-        GlobalHydra.instance().hydra = before
-    return [job.return_value for job in done]

@@ -174,7 +174,7 @@ def test_a_full_disk_is_one_message(run_file, tmp_path):
             resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096)),
         ),
     )
-    assert "cannot write results" in done.stderr
+    assert "cannot be written" in done.stderr
     left = [p.name for p in (tmp_path / "results" / "lora").iterdir() if not p.name.endswith(".lock")]
     assert left == []
 

@@ -12,6 +12,7 @@ from fwlora_lab.config.fingerprint import fingerprint
 from fwlora_lab.config.keys import KEYS, search_key
 from fwlora_lab.config.load import load_run
 from fwlora_lab.config.schema import RunConfig
+from fwlora_lab.errors import UserError
 
 OLD = """\
 run_id: old
@@ -86,7 +87,10 @@ def test_a_search_space_with_a_former_name(name):
 def test_a_former_name_beside_its_present_one_is_a_fault(tmp_path):
     path = tmp_path / "both.yaml"
     path.write_text(OLD.replace("  every: 2\n", "  every: 2\n  fisher_interval: 3\n"))
-    with pytest.raises(ValueError, match="fw_lora.every"), pytest.warns(FutureWarning):
+    with (
+        pytest.raises(UserError, match="both.yaml:10: fw_lora.every: .*former name of fw_lora.fisher_interval"),
+        pytest.warns(FutureWarning),
+    ):
         load_run(str(path))
 
 

@@ -22,7 +22,7 @@ from ruamel.yaml import YAML
 
 import fwlora
 from fwlora_lab.catalog.methods import METHODS
-from fwlora_lab.catalog.tasks import GLUE_SUBSETS
+from fwlora_lab.catalog.tasks import GLUE
 from fwlora_lab.config.checks import check_warmup, reads, warnings_of
 from fwlora_lab.config.fingerprint import fingerprint
 from fwlora_lab.config.keys import KEYS, search_key
@@ -261,7 +261,7 @@ def test_sweeps_that_are_refused(run, overrides, multirun, says):
     [
         ("training.learning_rte=1", "did you mean 'training.learning_rate'"),
         ("learning_rate=1", "did you mean 'training.learning_rate'"),
-        ("+training.new=1", "'training.new' is no key"),
+        ("+training.new=1", "unknown key 'training.new'"),
         ("training.epochs", "key=value"),
         ("training.epochs=", "training.epochs"),
         ("training.epochs='3'", "remove the quotes"),
@@ -528,7 +528,7 @@ def configs(draw):
         "validation_fraction": draw(SMALL),
     }
     if kind == "glue":
-        dataset["subset"] = draw(st.sampled_from(GLUE_SUBSETS))
+        dataset["subset"] = draw(st.sampled_from(list(GLUE)))
     if kind in ("csv", "jsonl"):
         a, b, c = draw(st.lists(TEXT, min_size=3, max_size=3, unique=True))
         dataset |= {

@@ -21,9 +21,9 @@ import torch
 from hub_server import HubServer, serve_dataset
 from transformers import BertTokenizerFast
 
+from fwlora_lab.catalog.tasks import GLUE, GLUE_REPOSITORY, GLUE_REVISION
 from fwlora_lab.config.schema import DatasetConfig
-from fwlora_lab.data import glue, task, tokens
-from fwlora_lab.data.glue import GLUE
+from fwlora_lab.data import task, tokens
 from fwlora_lab.data.load import load_task
 from fwlora_lab.data.metrics import score
 from fwlora_lab.data.offline import sentences, words
@@ -209,7 +209,7 @@ except UserError as error:
 
 def test_glue_from_a_hub_at_the_pinned_commit(tmp_path: Path) -> None:
     with HubServer() as hub:
-        serve_dataset(hub, glue.GLUE_REPOSITORY, glue.GLUE_REVISION, {"cola": HUB_ROWS})
+        serve_dataset(hub, GLUE_REPOSITORY, GLUE_REVISION, {"cola": HUB_ROWS})
         done = subprocess.run(
             [sys.executable, "-c", LOAD],
             env={**os.environ, **hub.environment(tmp_path)},
@@ -220,7 +220,7 @@ def test_glue_from_a_hub_at_the_pinned_commit(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     right, _, wrong = done.stdout.partition("UserError:")
     assert "('Birds sing.', 'Bird sing.', 'Fish swim.') [1 0 1] ('Cats purr.',)" in right
-    assert glue.GLUE_REVISION in right
+    assert GLUE_REVISION in right
     assert "dataset.root=" in wrong and "0" * 40 in wrong
 
 
@@ -264,7 +264,7 @@ def test_the_hub_is_asked_for_commit_subset_and_splits(monkeypatch: pytest.Monke
     load_task(dataset(name="glue", subset="mnli", revision="abc"))
     assert asked[0] == (
         ("nyu-mll/glue", "mnli"),
-        {"revision": glue.GLUE_REVISION, "split": ["train", "validation_matched"]},
+        {"revision": GLUE_REVISION, "split": ["train", "validation_matched"]},
     )
     assert asked[1][1]["revision"] == "abc"
     assert data.train.texts == (("A", "B"),) * 3 and data.train.labels.tolist() == [0, 2, 1]

@@ -142,10 +142,10 @@ def test_sizes_of_the_known_encoders():
         layer = 4 * (d * d + d) + 2 * d * f + f + d + 4 * d
         assert e.parameters == embeddings + e.layers * layer + d * d + d, name
     roberta = ENCODERS["roberta-base"]
-    assert roberta.unit(["query", "key", "value", "intermediate", "output"]) == 147_456
-    assert roberta.unit(["all-linear"]) == 165_888
-    assert roberta.unit(["query", "q_proj"]) is None
-    assert roberta.unit(["output.dense"]) == 12 * (1536 + 3840)
+    assert roberta.parameters_per_rank(["query", "key", "value", "intermediate", "output"]) == 147_456
+    assert roberta.parameters_per_rank(["all-linear"]) == 165_888
+    assert roberta.parameters_per_rank(["query", "q_proj"]) is None
+    assert roberta.parameters_per_rank(["output.dense"]) == 12 * (1536 + 3840)
 
 
 # --- configs -----------------------------------------------------------------------------------

@@ -120,7 +120,7 @@ TEXTS: dict[str, tuple[str | bytes, str]] = {
         "aliases are expanded",
     ),
     "long key": (json.dumps({"k" * 100_000: 1}), "characters long"),
-    "unknown key": ('{"models_to_use": ["a"]}', "is no key of a design"),
+    "unknown key": ('{"models_to_use": ["a"]}', "models_to_use: unknown key (did you mean 'models'?)"),
     "history of nothing": ('{"experimental_design": {}}', "proposed_method"),
     "prompt of nothing": ("## Experimental Design\n", "proposed_method"),
     "prompt cut short": ("## Experimental Design\nmodels_to_use=['a", "cannot be read"),

@@ -30,7 +30,7 @@ from transformers import (
 import fwlora
 from fwlora import FWLoraConfig
 from fwlora.penalty import NORMS
-from fwlora_lab.data.task import TaskSpec
+from fwlora_lab.catalog.tasks import TaskSpec
 from fwlora_lab.data.tokens import TokenTable, collate
 from fwlora_lab.lanes.attention import ATTENTION
 from fwlora_lab.lanes.engine import Lanes

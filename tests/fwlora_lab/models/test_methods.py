@@ -15,8 +15,8 @@ from torch import Tensor
 from transformers import AutoModelForSequenceClassification
 
 import fwlora
+from fwlora_lab.catalog.tasks import TaskSpec
 from fwlora_lab.config.schema import FWLoraSettings, RunConfig
-from fwlora_lab.data.task import TaskSpec
 from fwlora_lab.errors import UserError
 from fwlora_lab.models.backbones import Backbone, load_backbone
 from fwlora_lab.models.methods import (

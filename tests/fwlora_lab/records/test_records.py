@@ -179,7 +179,7 @@ def test_a_full_disk_is_one_message_and_leaves_the_former_run(tmp_path: Path, er
         (path / "half").write_text("x")
         raise error
 
-    with pytest.raises(UserError, match=r"seed-0: cannot write results: the disk is full\. Free some"):
+    with pytest.raises(UserError, match=r"seed-0: cannot be written: the disk is full\. Free some"):
         write(cfg, record_of(cfg, steps=7), save_adapter=full)
     assert visible(tmp_path / "demo") == ["seed-0"]
     assert load_record(tmp_path / "demo" / "seed-0") == first
@@ -197,7 +197,7 @@ def test_a_rename_that_fails_brings_the_former_run_back(tmp_path: Path, monkeypa
         return rename(self, target)
 
     monkeypatch.setattr(Path, "rename", fail)
-    with pytest.raises(UserError, match="cannot write results: Permission denied. Choose a folder"):
+    with pytest.raises(UserError, match="cannot be written: Permission denied. Choose a folder"):
         write(cfg, record_of(cfg, steps=7))
     assert visible(tmp_path / "demo") == ["seed-0"]
     assert load_record(tmp_path / "demo" / "seed-0") == first
@@ -216,7 +216,7 @@ def test_other_faults_of_a_writer_keep_their_name_and_leave_nothing(tmp_path: Pa
 
 def test_a_folder_that_cannot_be_made_is_told_at_once(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
-    with pytest.raises(UserError, match=r"cannot write results: Not a directory.*results_dir=DIR"):
+    with pytest.raises(UserError, match=r"cannot be written: Not a directory.*set results_dir=DIR"):
         with RunDir(tmp_path / "file", "demo", 0).lock():
             pass
 

@@ -711,7 +711,7 @@ def test_a_full_disk_is_one_message_and_leaves_the_old_page(small, monkeypatch, 
     before = digest(small)
     cfg = fake_study.config(small, "cola", "fw_lora")
     fake_study.write(small, cfg, fake_study.record(cfg, 3, 0.9))
-    write, calls = Path.write_text, []
+    write, calls = Path.write_bytes, []
 
     def fill(self, *args, **more):
         calls.append(self)
@@ -719,7 +719,7 @@ def test_a_full_disk_is_one_message_and_leaves_the_old_page(small, monkeypatch, 
             raise OSError(number, os.strerror(number))
         return write(self, *args, **more)
 
-    monkeypatch.setattr(Path, "write_text", fill)
+    monkeypatch.setattr(Path, "write_bytes", fill)
     with pytest.raises(UserError, match="the disk is full" if number == errno.ENOSPC else "Read-only") as caught:
         write_report(small)
     assert "verdicts.csv" in str(caught.value)
@@ -732,7 +732,7 @@ def test_a_full_disk_is_one_message_and_leaves_the_old_page(small, monkeypatch, 
 
 def test_a_file_where_a_folder_should_be_is_one_message(small):
     (small / "comparison").write_text("in the way")
-    with pytest.raises(UserError, match="the report cannot be written"):
+    with pytest.raises(UserError, match="aggregated_metrics.json: cannot be written"):
         write_report(small)
     assert not (small / "report.html").exists() and not list(small.glob(".*.tmp"))
 

@@ -452,7 +452,7 @@ def test_a_foreign_study_is_refused(study):
         (["workers=2", "hydra/launcher=slurm"], "hydra/launcher=slurm"),
         (["workers=2", "hydra.launcher._target_=os.system"], "_target_ and ${…} are refused"),
         (["optuna.pruner=medium"], "did you mean 'median'"),
-        (["seeds=1..3"], "'seeds' is no key"),
+        (["seeds=1..3"], "unknown key 'seeds'"),
     ],
 )
 def test_wrong_words(world, tmp_path, capsys, words, said):

@@ -176,7 +176,7 @@ def test_words_that_are_refused(words, says, tmp_path, monkeypatch, capsys):
         ({"methods": {"lora": {"about": "x", "sett": []}}}, "mine.yaml:"),
         ({"selection": {"policy": "tuned"}}, "needs a space"),
         ({"selection": {"policy": "tuned", "space": {"learning_rte": SPACE["learning_rate"]}}}, "learning_rate"),
-        ({"colour": "red"}, "colour: is no key of a study"),
+        ({"colour": "red"}, "colour: unknown key"),
         ({"base": "nothing.yaml"}, "nothing.yaml"),
         ({"claims": [{"metric": "accuracy"}]}, "claims.0.method"),
     ],

@@ -472,5 +472,5 @@ def test_results_that_cannot_be_written_are_told_before_training(
 ) -> None:
     monkeypatch.setattr(loop, "build_arm", lambda *_: pytest.fail("loaded the weights"))
     (tmp_path / "file").write_text("")
-    with pytest.raises(UserError, match="cannot write results: Not a directory"):
+    with pytest.raises(UserError, match="cannot be written: Not a directory"):
         run(world.config(results_dir=str(tmp_path / "file")))

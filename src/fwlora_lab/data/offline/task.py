@@ -6,22 +6,15 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from fwlora_lab.catalog.tasks import OFFLINE, TaskSpec
 from fwlora_lab.data.offline import sentences
-from fwlora_lab.data.task import Examples, TaskSpec
+from fwlora_lab.data.task import Examples
 from fwlora_lab.errors import UserError
 
 if TYPE_CHECKING:
     from fwlora_lab.config.schema import DatasetConfig
 
 OFFLINE_TRAIN, OFFLINE_DEV = 1200, 400
-_OFFLINE = TaskSpec(
-    name="offline",
-    kind="classification",
-    labels=("broken", "acceptable"),
-    text_fields=1,
-    metrics=("matthews_correlation", "accuracy"),
-    primary="matthews_correlation",
-)
 
 
 def load_offline(cfg: DatasetConfig) -> tuple[TaskSpec, Examples, Examples, str]:
@@ -34,4 +27,4 @@ def load_offline(cfg: DatasetConfig) -> tuple[TaskSpec, Examples, Examples, str]
     both = Examples(tuple(text for text, _ in rows), np.array([label for _, label in rows], dtype=np.int64))
     train, dev = np.split(np.arange(len(both)), [OFFLINE_TRAIN])
     source = f"offline grammar (synthetic sentences), seed {cfg.seed}"
-    return _OFFLINE, both.take(train), both.take(dev), source
+    return OFFLINE.spec, both.take(train), both.take(dev), source
