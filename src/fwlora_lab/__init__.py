@@ -19,7 +19,7 @@ The folders, from the top of the house to its foundation. Each imports only from
     config     the schema of a run, and how configs are read, composed and checked
     catalog    tasks, encoders and methods as data
 
-`errors`, `files`, `seeds` and `text` lie beside them and import nothing of the project but each other.
+`errors`, `files`, `seeds` and `text` are modules next to the folders; of the project they import only each other.
 """
 
 import logging

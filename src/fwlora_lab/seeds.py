@@ -1,4 +1,4 @@
-"""TODO"""
+"""Seeds: those that a command names, and one for each use of randomness in a run."""
 
 from __future__ import annotations
 
@@ -11,7 +11,11 @@ MAX_SEEDS = 1_000
 
 
 def parse_seeds(text: str) -> list[int]:
-    """`0..2` -> [0, 1, 2]; `1,5,7`; `0..9,42`. UserError on anything else, and on repeats."""
+    """The seeds in `0..2` (0, 1 and 2), `1,5,7` or `0..9,42`.
+
+    Raises:
+        UserError: anything else, a seed given twice, or more than MAX_SEEDS.
+    """
     cure = "write seeds=0..4, seeds=1,5,7 or seeds=0..9,42"
     seeds: list[int] = []
     for part in str(text).split(","):
@@ -29,10 +33,10 @@ def parse_seeds(text: str) -> list[int]:
         seeds += range(first, last + 1)
     twice = sorted({s for s in seeds if seeds.count(s) > 1})
     if twice:
-        raise UserError(f"seeds={text}: seed {twice[0]} stands twice: name each seed once")
+        raise UserError(f"seeds={text}: seed {twice[0]} is given twice: name each seed once")
     return seeds
 
 
 def derive(seed: int, purpose: str) -> int:
-    """A seed of its own for each use of randomness in a run: using one never shifts another."""
+    """A seed below 2**56 for one use of randomness in a run, so that one use never changes the draws of another."""
     return int.from_bytes(hashlib.sha256(f"{seed}/{purpose}".encode()).digest()[:7], "big")

@@ -1,4 +1,4 @@
-"""TODO"""
+"""The methods, and the names that designs and run configs give them."""
 
 from __future__ import annotations
 

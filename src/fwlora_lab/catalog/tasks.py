@@ -94,6 +94,8 @@ class GlueTask(TaskInfo):
         ragged: QQP's files hold questions cut by a line break; such rows are skipped.
     """
 
+    train_examples: int = 0
+    prose_pattern: str = ""
     hub_text: tuple[str, ...] = ()
     folder: str = ""
     text: tuple[str, ...] = ()

@@ -1,4 +1,4 @@
-"""TODO"""
+"""What a valid run config leaves open: keys without effect, and checks that need the data's size."""
 
 from __future__ import annotations
 
@@ -7,17 +7,18 @@ from collections.abc import Iterable
 from fwlora_lab.catalog.methods import MethodName
 from fwlora_lab.catalog.tasks import SOURCES
 from fwlora_lab.config.keys import LEAVES, get_key, schema_defaults
-from fwlora_lab.config.schema import RunConfig
+from fwlora_lab.config.schema import DatasetConfig, RunConfig, dataset_issues, warmup_length
 from fwlora_lab.config.search_space import dimensions_of
 from fwlora_lab.errors import UserError
+from fwlora_lab.text import listing
 
 
-def reads(arm: MethodName, key: str) -> bool:
-    """Whether this method looks at the key; only the methods' own blocks are not for all of them."""
+def reads(method: MethodName, key: str) -> bool:
+    """Whether this method reads the key; every method reads all keys but those of another method's block."""
     block = key.split(".")[0]
-    if arm == "svd_lora" and block == "adalora":
+    if method == "svd_lora" and block == "adalora":
         return key == "adalora.orth_reg_weight"
-    return block not in ("fw_lora", "adalora") or block == arm
+    return block not in ("fw_lora", "adalora") or block == method
 
 
 def ignored_keys(cfg: RunConfig) -> list[tuple[str, str]]:
@@ -64,8 +65,27 @@ def warnings_of(cfg: RunConfig) -> list[str]:
     return warnings
 
 
+def check_dataset(data: DatasetConfig) -> None:
+    """Refuse settings of the data that cannot be combined; a `RunConfig` has been checked when it was built.
+
+    Raises:
+        UserError: with every fault.
+    """
+    issues = dataset_issues(data)
+    if issues:
+        raise UserError(listing([str(issue) for issue in issues]))
+
+
 def check_warmup(cfg: RunConfig, total_steps: int, train_examples: int | None = None) -> None:
-    """Refuse a Fisher phase that would not end before the run does (K ≥ total optimiser steps)."""
+    """Refuse a warm-up that does not end before the run does (K ≥ total optimiser steps).
+
+    Args:
+        total_steps: optimiser steps of the run.
+        train_examples: for the message.
+
+    Raises:
+        UserError: with the length of the run and a value that fits it.
+    """
     k = cfg.fw_lora.warmup_steps
     if cfg.method_name != "fw_lora":
         return
@@ -77,8 +97,8 @@ def check_warmup(cfg: RunConfig, total_steps: int, train_examples: int | None = 
         f"{accumulated}, {t.epochs} epoch{'s' if t.epochs > 1 else ''})"
     )
     if total_steps < 2:
-        raise UserError(f"fw_lora.warmup_steps: {run} leave no room for a Fisher phase: train longer")
-    steps = k if isinstance(k, int) else max(1, round(k * total_steps))
+        raise UserError(f"fw_lora.warmup_steps: {run} are too few for a warm-up: train longer")
+    steps = warmup_length(k, total_steps)
     if steps >= total_steps:
         raise UserError(
             f"fw_lora.warmup_steps = {k} is not smaller than {run}: use "
@@ -86,6 +106,6 @@ def check_warmup(cfg: RunConfig, total_steps: int, train_examples: int | None = 
         )
     if cfg.fw_lora.fisher_start >= steps:
         raise UserError(
-            f"fw_lora.fisher_start = {cfg.fw_lora.fisher_start} leaves no step to watch: "
-            f"fw_lora.warmup_steps = {k} ends the Fisher phase after {steps} of {run}; lower start"
+            f"fw_lora.fisher_start = {cfg.fw_lora.fisher_start} leaves no step in which F is estimated: "
+            f"fw_lora.warmup_steps = {k} ends the warm-up after {steps} of {run}; lower fisher_start"
         )

@@ -1,4 +1,4 @@
-"""TODO"""
+"""The key paths of the schema: walking them, reading and setting them, and what a short or misspelt one means."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ _SEARCHED = [k for k in LEAVES if k.split(".")[0] in ("model", "dataset", "train
 
 
 def schema_defaults(block: type[Block] = RunConfig) -> dict[str, Any]:
-    """The schema as Hydra sees it: every key with its default, `???` where there is none."""
+    """The schema as Hydra sees it: every key with its default; `???` marks a key without one."""
     defaults: dict[str, Any] = {}
     for name, field in block.model_fields.items():
         inner = _block_of(field.annotation)
@@ -54,12 +54,14 @@ def schema_defaults(block: type[Block] = RunConfig) -> dict[str, Any]:
 
 
 def get_key(data: Any, key: str) -> Any:
+    """The value under a dotted key of nested dicts."""
     for part in key.split("."):
         data = data[part]
     return data
 
 
 def set_key(data: dict[str, Any], key: str, value: Any) -> None:
+    """Set the value under a dotted key, whose blocks exist."""
     *blocks, last = key.split(".")
     for part in blocks:
         data = data[part]
@@ -67,10 +69,12 @@ def set_key(data: dict[str, Any], key: str, value: Any) -> None:
 
 
 def search_key(name: str) -> str:
-    """The key that a search dimension means.
+    """The key that the name of a search dimension means.
 
-    `batch_size` is `training.batch_size`, `lora_rank` is `model.lora.rank`; dotted keys stand
-    for themselves. Raises UserError for names that mean no key or several.
+    `batch_size` is `training.batch_size`, `lora_rank` is `model.lora.rank`; a whole key is itself.
+
+    Raises:
+        UserError: the name means no key, or several.
     """
     name = present_leaf(present_key(name))
     if name in _SEARCHED:
@@ -88,11 +92,11 @@ def search_key(name: str) -> str:
         "lora_alpha",
         "lora_dropout",
     ]
-    raise UserError(f"{name!r} names no key that can be searched{did_you_mean(name, names)}")
+    raise UserError(f"{name!r} is not a key that can be searched{did_you_mean(name, names)}")
 
 
 def nearest_key(key: str) -> str:
-    """The nearest valid key to one that is not: a sibling, or the same name in another block."""
+    """What follows the message of an unknown key: the same name in another block, or the most similar sibling."""
     present = present_key(key)
     if present != key:  # only read where its present name is not given
         return f": it is the former name of {present}, which is given too; keep one of them"

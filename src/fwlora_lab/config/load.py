@@ -52,9 +52,9 @@ def _check_defaults_list(path: Path, file: File) -> None:
     for entry in entries:
         names = list(entry.items())[0] if isinstance(entry, dict) and len(entry) == 1 else (entry, "")
         if not all(isinstance(n, str) for n in names):
-            raise UserError(f"{where}{entry!r} is no entry: write a config's name, e.g. /base/minilm")
+            raise UserError(f"{where}{entry!r} is not a config's name: write one such as /base/minilm")
         if "hydra" in names[0]:
-            raise UserError(f"{where}{names[0]!r}: Hydra's own settings have no use here: remove it")
+            raise UserError(f"{where}{names[0]!r}: Hydra's own settings are not used here: remove it")
     if "_self_" not in entries and len(file.values) > 1:
         raise UserError(f"{where}must end in `- _self_`, so that this file's own keys win over the others'")
 
@@ -88,9 +88,9 @@ def _refuse_override(override: Override) -> None:
     if key == "run" or key.startswith("run@"):
         raise UserError(f"override `{text}`: the run is named once, as run=<run_id>")
     if key == "hydra" or key.startswith(("hydra.", "hydra/")):
-        raise UserError(f"override `{text}`: Hydra's own settings have no use here; results go to results_dir=")
+        raise UserError(f"override `{text}`: Hydra's own settings are not used here; results go to results_dir=")
     if "_target_" in text:
-        raise UserError(f"override `{text}`: _target_ is refused: a config names values, it runs no code")
+        raise UserError(f"override `{text}`: _target_ is refused: a config holds values and runs no code")
     fault = interpolation_fault(text)
     if fault:
         raise UserError(f"override `{text}`: {fault}")
@@ -102,9 +102,12 @@ def _refuse_override(override: Override) -> None:
 def load_run(run: str, overrides: Sequence[str] = (), config_dir: str | None = None) -> RunConfig:
     """Compose and check one run.
 
-    `run` is an id of the packaged tree or of `config_dir` (`run/` below it, or flat), or the path
-    of a .yaml file. `overrides` are Hydra's (`a.b=c`, `+a.b=c`, `~a.b`), without sweeps. Raises
-    UserError with every fault found.
+    Args:
+        run: an id of the packaged tree or of `config_dir` (in `run/` below it, or in it), or the path of a .yaml file.
+        overrides: in Hydra's grammar (`a.b=c`, `+a.b=c`, `~a.b`), without sweeps.
+
+    Raises:
+        UserError: with every fault found, each with its file, line and key, or its override.
     """
     file = find_run(run, config_dir)
     parsed = _parse_overrides(overrides)
@@ -191,7 +194,7 @@ def _faults_of(data: dict[str, Any], issues: list[Issue]) -> list[Issue]:
             if issue.key in _PLACEHOLDERS:
                 block[last] = _PLACEHOLDERS[issue.key]
         except (KeyError, TypeError, AttributeError):
-            return issues  # a whole block is amiss: say that first
+            return issues  # a whole block is wrong: report that first
     try:
         validate_run(rest)
     except InvalidRun as error:
@@ -233,9 +236,12 @@ def expand_runs(
     multirun: bool = False,
     config_dir: str | None = None,
 ) -> list[RunConfig]:
-    """All runs meant by `run=a,b` (or `glob(…)`) and, with `multirun`, by sweeps over other keys.
+    """All runs that `run=a,b` (or `glob(…)`) names and, with `multirun`, those of sweeps over other keys.
 
     The runs of a sweep get their run_id from the swept keys: `<run_id>--learning_rate=0.0005`.
+
+    Raises:
+        UserError: as `load_run`, or the sweep is too large, cannot be expanded, or names two runs alike.
     """
     parsed = _parse_overrides(overrides)
     swept = [o.key for o in parsed if o.is_sweep]
@@ -245,7 +251,7 @@ def expand_runs(
             f"them, or put a list in brackets, {swept[0]}=[a,b]"
         )
     if any(o.is_glob for o in parsed):
-        raise UserError("glob(…) matches run ids: it can only stand in run=")
+        raise UserError("glob(…) matches run ids: use it in run= only")
     try:
         batches = expand_sweep(parsed) if swept else [list(overrides)]
     except Unreadable as error:

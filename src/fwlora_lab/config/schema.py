@@ -1,6 +1,6 @@
 """The schema of one run: the only place that knows a key's name, type and range.
 
-pydantic checks a config against it; `compose` reads the files and puts configs together.
+pydantic checks a config against it; `config.load` reads the files and composes configs.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ def _source_name(value: str) -> str:
 
 def _warmup_steps(value: int | float) -> int | float:
     if isinstance(value, int) and value < 1:
-        raise ValueError(f"{value} is no length: use at least 1 step, or a fraction such as 0.25")
+        raise ValueError(f"{value} is too short: use at least 1 step, or a fraction such as 0.25")
     if isinstance(value, float) and not 0 < value < 1:
         raise ValueError(
             f"{value} is not a fraction of the run: use a whole number of steps such as 200, "
@@ -152,6 +152,11 @@ class TrainingConfig(Block):
     evaluate_on: Literal["dev", "validation"] = "dev"
     save_adapter: bool = True
     engine: Literal["lanes", "peft"] = "lanes"
+
+
+def warmup_length(warmup_steps: int | float, total_steps: int) -> int:
+    """K in optimiser steps; `warmup_steps` is K or its fraction of the run, as `FWLoraConfig.warmup_steps`."""
+    return warmup_steps if isinstance(warmup_steps, int) else max(1, round(warmup_steps * total_steps))
 
 
 class FWLoraSettings(Block):
@@ -317,7 +322,7 @@ class RunConfig(Block):
 
 
 def _impossible(cfg: RunConfig) -> list[Issue]:
-    """Settings that are each legal and cannot stand together."""
+    """Settings that are each legal and cannot be combined."""
     issues: list[Issue] = []
 
     def fault(key: str, text: str, *related: str) -> None:
@@ -332,7 +337,7 @@ def _impossible(cfg: RunConfig) -> list[Issue]:
             "neither it nor model.parameter_budget_percent is given: set one, e.g. rank: 4",
             "model.parameter_budget_percent",
         )
-    issues += _impossible_data(data)
+    issues += dataset_issues(data)
     if cfg.training.evaluate_on == "validation" and data.validation_fraction == 0:
         fault(
             "training.evaluate_on",
@@ -350,8 +355,8 @@ def _impossible(cfg: RunConfig) -> list[Issue]:
     return issues
 
 
-def _impossible_data(data: DatasetConfig) -> list[Issue]:
-    """What is wrong with the data's settings as far as it can be known without reading the data."""
+def dataset_issues(data: DatasetConfig) -> list[Issue]:
+    """What is wrong with the data's settings, as far as it can be known without reading the data."""
     issues: list[Issue] = []
 
     def fault(key: str, text: str, *related: str) -> None:

@@ -1,4 +1,4 @@
-"""TODO"""
+"""Where run configs are found: the packaged tree `conf/`, and a tree or file of the user's own."""
 
 from __future__ import annotations
 
@@ -19,11 +19,15 @@ def available_runs(config_dir: str | None = None) -> list[str]:
 
 
 def find_run(run: str, config_dir: str | None = None) -> Path:
-    """The file of a run: a path to a .yaml file, or an id in `config_dir` or the packaged tree."""
+    """The file of a run: a path to a .yaml file, or an id in `config_dir` or the packaged tree.
+
+    Raises:
+        UserError: no file has this id.
+    """
     if not run:
         raise UserError("run= is empty: name a run id or a .yaml file")
     if config_dir is not None and not Path(config_dir).is_dir():
-        raise UserError(f"{config_dir}: there is no such folder of run configs")
+        raise UserError(f"{config_dir}: no such folder of run configs")
     try:
         if run.endswith((".yaml", ".yml")) or "/" in run:
             return Path(run).expanduser().resolve()  # whatever is wrong with it, reading it says so

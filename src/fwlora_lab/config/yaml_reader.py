@@ -1,4 +1,4 @@
-"""TODO"""
+"""YAML files of a config tree, read once and safely, with the line of every key."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ class File:
 
 
 def interpolation_fault(text: str) -> str | None:
-    """What is wrong with the `${…}` in a text: anything but a plain reference to another key."""
+    """What is wrong with the `${…}` in a text, or None: only a plain reference to another key is allowed."""
     if text.count("${") != len(_REFERENCE.findall(text)):
         return (
             f"{text!r} is an interpolation that would run or read something: only references to "
@@ -42,9 +42,15 @@ def interpolation_fault(text: str) -> str | None:
 
 
 def read_file(path: Path, what: str = "run config", first: str = "run_id") -> File:
-    """Read one YAML file of a config tree; the only way in which a config is ever read.
+    """Read one YAML file of a config tree; configs are read by no other function.
 
-    `what` it is and its `first` key are for the messages.
+    Args:
+        what: what the file is, for the messages.
+        first: the key that such a file usually starts with, for the messages.
+
+    Raises:
+        UserError: the file cannot be read, or holds something that loaders read differently or that would run code;
+            every such fault with its line.
     """
     if path.is_dir():
         raise UserError(f"{path}: is a folder: name the .yaml file inside it")
@@ -89,6 +95,7 @@ def read_file(path: Path, what: str = "run config", first: str = "run_id") -> Fi
 
 
 def syntax_message(path: Path, error: yaml.MarkedYAMLError) -> str:
+    """`file:line:column: what is not YAML: what to do`."""
     mark = error.problem_mark or error.context_mark
     where = f"{path}:{mark.line + 1}:{mark.column + 1}" if mark else str(path)
     problem = error.problem or error.context or "cannot be read"
@@ -108,7 +115,7 @@ def syntax_message(path: Path, error: yaml.MarkedYAMLError) -> str:
 
 
 def inspect_node(root: yaml.MappingNode) -> tuple[dict[str, int], list[tuple[int, str]]]:
-    """Every key path's line, and all that is refused before any value is built."""
+    """The line of every key path, and the line and text of every fault; no value is built before."""
     lines: dict[str, int] = {}
     faults: list[tuple[int, str]] = []
     visited = 0
@@ -150,13 +157,13 @@ def inspect_node(root: yaml.MappingNode) -> tuple[dict[str, int], list[tuple[int
                 key = key_node.value
                 full = f"{path}.{key}" if path else key
                 if key in keys:
-                    faults.append((key_line, f"{full}: stands twice, first on line {keys[key]}: keep one"))
+                    faults.append((key_line, f"{full}: duplicate key (first on line {keys[key]}); keep one"))
                 keys[key] = key_line
                 lines.setdefault(full, key_line)
                 if key == "_target_":
-                    faults.append((key_line, f"{full}: is refused: a config names values, it runs no code"))
+                    faults.append((key_line, f"{full}: is refused: a config holds values and runs no code"))
                 elif full == "hydra":
-                    faults.append((key_line, "hydra: Hydra's own settings have no use here: remove the block"))
+                    faults.append((key_line, "hydra: Hydra's own settings are not used here: remove the block"))
                 elif "${" in key:
                     faults.append(
                         (
@@ -193,7 +200,7 @@ def _scalar_fault(node: yaml.Node) -> str | None:
     if quoted:  # `!!int "3"`: the tag and the quotes disagree
         return f"the tag {_short_tag(node.tag)} on a quoted text is refused: write the plain value"
     if node.tag.endswith(":int") and not _PLAIN_INT.fullmatch(text):
-        return f"`{text}` is another number to other loaders: write plain digits, or quote it"
+        return f"`{text}` is read as another number by some loaders: write plain digits, or quote it"
     if node.tag.endswith(":float") and not _PLAIN_FLOAT.fullmatch(text):
         return f"`{text}` is read as a number by some loaders only: write it like 1.0e-4, or quote it"
     return None

@@ -31,16 +31,8 @@ class FileRow:
 
 
 def load_files(cfg: DatasetConfig) -> tuple[TaskSpec, Examples, Examples, str]:
-    for key in ("train_file", "eval_file", "text_column", "label_column"):
-        if not getattr(cfg, key):
-            raise UserError(f"dataset.{key}: a {cfg.name} dataset needs it, and it is not set")
     text = (cfg.text_column,) if isinstance(cfg.text_column, str) else tuple(cfg.text_column or ())
     label = str(cfg.label_column)
-    if len(text) > 2 or len({*text, label}) != len(text) + 1:
-        raise UserError(
-            "dataset.text_column, dataset.label_column: give one or two text columns and another "
-            f"one for the label, not {', '.join(text)} and {label}"
-        )
     paths = [Path(str(name)).expanduser() for name in (cfg.train_file, cfg.eval_file)]
     read = _read_csv if cfg.name == "csv" else _read_jsonl
     rows = [read(path, text, label) for path in paths]

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from fwlora_lab.catalog.tasks import TaskSpec, source_of
+from fwlora_lab.config.checks import check_dataset
 from fwlora_lab.data.task import Examples, TaskData
 from fwlora_lab.errors import UserError
 
@@ -31,6 +32,7 @@ def load_task(cfg: DatasetConfig) -> TaskData:
 
     Raises UserError naming the file, the line and the column, and the cure.
     """
+    check_dataset(cfg)
     data_source = source_of(cfg.name)
     assert data_source is not None  # the schema refuses other names
     spec, train, dev, source = data_source.resolve_loader()(cfg)

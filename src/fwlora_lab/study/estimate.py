@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from fwlora_lab.config.schema import RunConfig
+from fwlora_lab.config.schema import RunConfig, warmup_length
 from fwlora_lab.config.validation import with_values
 from fwlora_lab.data.load import load_task
 from fwlora_lab.errors import UserError
@@ -71,8 +71,7 @@ def _seconds_of_a_run(cfg: RunConfig, examples: int, seed: int) -> float:
         }
         fisher = 0
         if cfg.method_name == "fw_lora":
-            k = cfg.fw_lora.warmup_steps
-            fisher = k if isinstance(k, int) else max(1, round(k * steps))
+            fisher = warmup_length(cfg.fw_lora.warmup_steps, steps)
             changes |= {"fw_lora.warmup_steps": 0.5, "fw_lora.fisher_start": 0}
         probe = with_values(cfg, changes)
         (record,) = train_runs([RunSpec(probe, seed)])

@@ -27,7 +27,7 @@ from fwlora_lab.config.checks import check_warmup, reads, warnings_of
 from fwlora_lab.config.fingerprint import fingerprint
 from fwlora_lab.config.keys import KEYS, search_key
 from fwlora_lab.config.load import expand_runs, load_run, validate_file
-from fwlora_lab.config.schema import FWLoraSettings, RunConfig
+from fwlora_lab.config.schema import FWLoraSettings, RunConfig, warmup_length
 from fwlora_lab.config.search_space import dimensions_of
 from fwlora_lab.config.tree import CONF, available_runs
 from fwlora_lab.config.yaml_writer import to_yaml
@@ -463,6 +463,13 @@ def test_both_dialects_of_a_search_mean_the_same():
 def test_a_config_cannot_be_changed():
     with pytest.raises(ValidationError):
         load_run("demo-lora").method = "fw_lora"  # type: ignore[misc]
+
+
+@pytest.mark.parametrize("total_steps", [2, 3, 7, 100, 501])
+@pytest.mark.parametrize("warmup_steps", [1, 0.001, 0.25, 0.5, 1 / 3, 0.499])
+def test_the_length_of_the_warmup_is_that_of_the_method(warmup_steps, total_steps):
+    method = fwlora.FWLoraConfig(warmup_steps=warmup_steps)
+    assert warmup_length(warmup_steps, total_steps) == method.resolve_warmup_steps(total_steps)
 
 
 # --- writing -----------------------------------------------------------------------------------

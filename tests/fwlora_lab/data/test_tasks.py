@@ -24,6 +24,7 @@ from transformers import BertTokenizerFast
 from fwlora_lab.catalog.tasks import GLUE, GLUE_REPOSITORY, GLUE_REVISION
 from fwlora_lab.config.schema import DatasetConfig
 from fwlora_lab.data import task, tokens
+from fwlora_lab.data.glue import load_glue
 from fwlora_lab.data.load import load_task
 from fwlora_lab.data.metrics import score
 from fwlora_lab.data.offline import sentences, words
@@ -129,7 +130,7 @@ def test_glue_folder(tmp_path: Path, task: str) -> None:
     assert data.train.texts == tuple(text for text, _ in rows)
     assert data.train.labels.tolist() == [label for _, label in rows]
     assert data.train.labels.dtype == (np.float32 if task == "stsb" else np.int64)
-    assert (len(data.dev), len(data.selection)) == (1, 0)
+    assert (len(data.dev), len(data.validation)) == (1, 0)
     assert data.spec.name == task
     assert data.spec.metrics == METRICS[task] and data.spec.primary == METRICS[task][0]
     assert data.spec.kind == ("regression" if task == "stsb" else "classification")
@@ -156,9 +157,12 @@ def test_split_names_choose_the_files(tmp_path: Path) -> None:
     text = "sentence\tlabel\nwarm rain\t1\ncold rain\t0\n"
     cfg = write_glue(tmp_path, "sst2")
     (tmp_path / "SST-2" / "dev.tsv").write_text(text)
-    turned = load_task(cfg.model_copy(update={"split": "validation", "eval_split": "train"}))
-    assert turned.train.texts == ("warm rain", "cold rain")
-    assert turned.dev.texts == ('a "dull day', "bright skies")
+    turned = cfg.model_copy(update={"split": "validation", "eval_split": "train"})
+    _, train, dev, _ = load_glue(turned)
+    assert train.texts == ("warm rain", "cold rain")
+    assert dev.texts == ('a "dull day', "bright skies")
+    with pytest.raises(UserError, match="dataset.split: 'validation': glue is trained on its split train"):
+        load_task(turned)
 
 
 @needs_glue
@@ -179,9 +183,9 @@ def test_the_real_glue(task: str, train: int, dev: int, positive: int) -> None:
             train_examples=800,
         )
     )
-    assert (len(part.train), len(part.selection)) == (800, round(0.1 * train))
+    assert (len(part.train), len(part.validation)) == (800, round(0.1 * train))
     assert part.dev.texts == data.dev.texts
-    assert part.selection.labels.mean() == pytest.approx(data.train.labels.mean(), abs=1e-3)
+    assert part.validation.labels.mean() == pytest.approx(data.train.labels.mean(), abs=1e-3)
 
 
 # --- the hub ------------------------------------------------------------------------------------
@@ -439,12 +443,12 @@ def test_places_where_no_data_is(tmp_path: Path) -> None:
         with pytest.raises(UserError, match=message):
             load_task(cfg.model_copy(update=keys))
 
-    refused(r"dataset.subset: GLUE has no task 'sst-2' \(did you mean 'sst2'\?\)", subset="sst-2")
+    refused(r"dataset.subset: 'sst-2' is not a task of glue \(did you mean 'sst2'\?\)", subset="sst-2")
     refused(r"dataset.root: .*nowhere is not a folder", root=str(tmp_path / "nowhere"))
     refused(r"has no folder SST-2/; give the folder above", root=str(tmp_path / "SST-2"))
     refused(r"has no folder CoLA/; it holds SST-2", subset="cola")
-    refused(r"dataset.eval_split: sst2's split 'test' has no public labels", eval_split="test")
-    refused(r"dataset.split: .*'trian' does not exist \(did you mean 'train'", split="trian")
+    refused(r"dataset.eval_split: 'test' has no public labels or does not exist: use validation", eval_split="test")
+    refused(r"dataset.split: 'trian': glue is trained on its split train", split="trian")
     (tmp_path / "SST-2").rename(tmp_path / "sst-2")
     refused(r"has no folder SST-2/; it holds sst-2 \(did you mean 'sst-2'\?\)")
     (tmp_path / "sst-2").rename(tmp_path / "SST-2")
@@ -462,13 +466,15 @@ def test_incomplete_or_contradictory_file_settings(tmp_path: Path) -> None:
         with pytest.raises(UserError, match=message):
             load_task(cfg.model_copy(update=keys))
 
-    refused("dataset.eval_file: a csv dataset needs it", eval_file=None)
-    refused("dataset.text_column: a csv dataset needs it", text_column=None)
-    refused("one or two text columns", text_column=["a", "b", "c"])
-    refused("one or two text columns", text_column="label")
-    refused("both are .*train.csv", eval_file=cfg.train_file)
+    refused("dataset.eval_file: dataset.name csv needs it", eval_file=None)
+    refused("dataset.text_column: dataset.name csv needs it", text_column=None)
+    refused("dataset.text_column: name one column, or a list of two", text_column=["a", "b", "c"])
+    refused("dataset.label_column: 'label' is a text column", text_column="label")
+    refused("dataset.eval_file: is the train_file", eval_file=cfg.train_file)
+    (tmp_path / "link.csv").symlink_to(tmp_path / "train.csv")
+    refused("both are .*train.csv", eval_file=str(tmp_path / "link.csv"))
     refused(r"trian.csv: No such file.*'train.csv'", train_file=str(tmp_path / "trian.csv"))
-    refused("one or two text columns", text_column=["text", "text"])
+    refused("dataset.text_column: name one column, or a list of two", text_column=["text", "text"])
 
 
 # --- carving, subsampling, fingerprints ---------------------------------------------------------
@@ -484,17 +490,17 @@ def test_selection_is_carved_from_train_per_class(tmp_path: Path) -> None:
     cfg = numbered(tmp_path)
     whole = load_task(cfg)
     part = load_task(cfg.model_copy(update={"validation_fraction": 0.2}))
-    assert len(whole.selection) == 0 and len(whole.train) == 100
-    assert np.bincount(part.selection.labels).tolist() == [14, 6]
+    assert len(whole.validation) == 0 and len(whole.train) == 100
+    assert np.bincount(part.validation.labels).tolist() == [14, 6]
     assert np.bincount(part.train.labels).tolist() == [56, 24]
-    assert set(part.train.texts) | set(part.selection.texts) == set(whole.train.texts)
-    assert not set(part.train.texts) & set(part.selection.texts)
+    assert set(part.train.texts) | set(part.validation.texts) == set(whole.train.texts)
+    assert not set(part.train.texts) & set(part.validation.texts)
     assert part.dev.texts == whole.dev.texts
-    for split in (part.train, part.selection):  # the file's order, and each text its own label
+    for split in (part.train, part.validation):  # the file's order, and each text its own label
         numbers = [int(str(text).split()[1]) for text in split.texts]
         assert numbers == sorted(numbers)
         assert split.labels.tolist() == [int(number >= 70) for number in numbers]
-    assert part.selection.texts != tuple(f"text {i}" for i in range(20))
+    assert part.validation.texts != tuple(f"text {i}" for i in range(20))
 
 
 def test_shares_of_selection_add_up(tmp_path: Path) -> None:
@@ -502,7 +508,7 @@ def test_shares_of_selection_add_up(tmp_path: Path) -> None:
     cfg = write_csv(tmp_path, "\n".join(rows))
     for fraction, count in ((0.1, 1), (0.3, 3), (0.5, 5), (0.7, 7)):
         part = load_task(cfg.model_copy(update={"validation_fraction": fraction}))
-        assert (len(part.selection), len(part.train)) == (count, 10 - count)
+        assert (len(part.validation), len(part.train)) == (count, 10 - count)
 
 
 def test_the_dataset_seed_alone_decides_the_splits(tmp_path: Path) -> None:
@@ -512,10 +518,10 @@ def test_the_dataset_seed_alone_decides_the_splits(tmp_path: Path) -> None:
         return load_task(cfg.model_copy(update={"validation_fraction": 0.2, **keys}))
 
     assert drawn().fingerprint == drawn().fingerprint
-    assert drawn().selection.texts != drawn(seed=1).selection.texts
+    assert drawn().validation.texts != drawn(seed=1).validation.texts
     # Subsampling comes after the carving, and smaller samples lie within larger ones.
     small, large = drawn(train_examples=20), drawn(train_examples=50)
-    assert small.selection.texts == large.selection.texts == drawn().selection.texts
+    assert small.validation.texts == large.validation.texts == drawn().validation.texts
     assert (len(small.train), len(large.train)) == (20, 50)
     assert set(small.train.texts) < set(large.train.texts) < set(drawn().train.texts)
     assert drawn(train_examples=80).train.texts == drawn().train.texts
@@ -538,8 +544,8 @@ def test_regression_is_carved_without_classes(tmp_path: Path) -> None:
     text = STSB + "".join(row.format(i=i, score=i / 4) for i in range(20))
     cfg = write_glue(tmp_path, "stsb", text)
     part = load_task(cfg.model_copy(update={"validation_fraction": 0.25}))
-    assert (len(part.selection), len(part.train)) == (5, 15)
-    for split in (part.train, part.selection):
+    assert (len(part.validation), len(part.train)) == (5, 15)
+    for split in (part.train, part.validation):
         assert split.labels.tolist() == [int(left[1:]) / 4 for left, _ in split.texts]
 
 
@@ -571,12 +577,12 @@ def test_the_offline_task() -> None:
     data = load_task(dataset())
     assert data.spec.labels == ("broken", "acceptable") and data.spec.name == "offline"
     assert data.spec.metrics == ("matthews_correlation", "accuracy")
-    assert (len(data.train), len(data.selection), len(data.dev)) == (1200, 0, 400)
+    assert (len(data.train), len(data.validation), len(data.dev)) == (1200, 0, 400)
     assert len({*data.train.texts, *data.dev.texts}) == 1600
     for part in (data.train, data.dev):
         assert part.labels.mean() == 0.5
     assert "synthetic" in data.source
-    with pytest.raises(UserError, match="dataset.split, dataset.eval_split"):
+    with pytest.raises(UserError, match="dataset.eval_split: 'test' has no public labels"):
         load_task(dataset(eval_split="test"))
 
 

@@ -109,7 +109,7 @@ TEXTS: dict[str, tuple[str | bytes, str]] = {
     "10 MB of YAML": ("a: " + "[" * 10_000_000, "at most 5,000,000"),
     "2 MB of YAML": ("a: " + "[" * 2_000_000, "at most 1,000,000"),
     "YAML nesting": ("a: " + "[" * 20_000, "nested too deeply"),
-    "YAML duplicate": ("models: [a]\nmodels: [b]\n", ":2: models: stands twice"),
+    "YAML duplicate": ("models: [a]\nmodels: [b]\n", ":2: models: duplicate key"),
     "YAML python": ("models: !!python/object/apply:os.system ['id']\n", ":1: models: the tag"),
     "YAML environment": ("models: ['${oc.env:HOME}']\n", "oc.env"),
     "YAML target": ("models:\n  _target_: os.system\n", ":2: models._target_"),

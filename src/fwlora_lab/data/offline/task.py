@@ -9,7 +9,6 @@ import numpy as np
 from fwlora_lab.catalog.tasks import OFFLINE, TaskSpec
 from fwlora_lab.data.offline import sentences
 from fwlora_lab.data.task import Examples
-from fwlora_lab.errors import UserError
 
 if TYPE_CHECKING:
     from fwlora_lab.config.schema import DatasetConfig
@@ -18,11 +17,6 @@ OFFLINE_TRAIN, OFFLINE_DEV = 1200, 400
 
 
 def load_offline(cfg: DatasetConfig) -> tuple[TaskSpec, Examples, Examples, str]:
-    if (cfg.split, cfg.eval_split) != ("train", "validation"):
-        raise UserError(
-            "dataset.split, dataset.eval_split: the offline task has 'train' and 'validation' in "
-            f"these roles, not {cfg.split!r} and {cfg.eval_split!r}"
-        )
     rows = sentences.sentences(cfg.seed, OFFLINE_TRAIN + OFFLINE_DEV)
     both = Examples(tuple(text for text, _ in rows), np.array([label for _, label in rows], dtype=np.int64))
     train, dev = np.split(np.arange(len(both)), [OFFLINE_TRAIN])
