@@ -62,7 +62,7 @@ class FWLoraConfig:
         fisher_ema_decay: α of `F ← αF + (1 − α)f`, which starts at 0. 0.98 averages over about 50 steps.
         estimator: how a step's `f_m` is measured: "exact", "sketch", "adapter" or "per_example" (see
             `fwlora.estimators`), or a name that was added with `fwlora.register_estimator`.
-        fisher_interval: measure f at every n-th step only. "adapter" costs nothing, but follows it too.
+        fisher_interval: measure f at every n-th step only.
         fisher_start: the first step at which f is measured. With a new random head, the gradients of the first steps
             say little about the task.
         sketch_columns: k, the columns of the Gaussian probe of "sketch".

@@ -7,7 +7,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from fwlora_lab.config.schema import RunConfig, warmup_length
+from fwlora.config import warmup_in_steps
+from fwlora_lab.config.schema import RunConfig
 from fwlora_lab.config.validation import with_values
 from fwlora_lab.data.load import load_task
 from fwlora_lab.errors import UserError
@@ -71,7 +72,7 @@ def _seconds_of_a_run(cfg: RunConfig, examples: int, seed: int) -> float:
         }
         fisher = 0
         if cfg.method_name == "fw_lora":
-            fisher = warmup_length(cfg.fw_lora.warmup_steps, steps)
+            fisher = warmup_in_steps(cfg.fw_lora.warmup_steps, steps)
             changes |= {"fw_lora.warmup_steps": 0.5, "fw_lora.fisher_start": 0}
         probe = with_values(cfg, changes)
         (record,) = train_runs([RunSpec(probe, seed)])
