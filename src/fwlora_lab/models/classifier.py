@@ -1,4 +1,4 @@
-"""TODO"""
+"""Builds the text classifier: the pretrained encoder with a new head, and the names of the head's modules."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from transformers import AutoModelForSequenceClassification, PreTrainedModel
 
 from fwlora_lab.errors import UserError
 from fwlora_lab.models.backbones import Backbone
+from fwlora_lab.models.folder import check_weights
 from fwlora_lab.models.hub import WEIGHT_FILES, download
 from fwlora_lab.models.load_errors import FETCH_AGAIN, as_user_error, quiet_loading
-from fwlora_lab.models.local_files import check_weights
 
 if TYPE_CHECKING:
     from fwlora_lab.catalog.tasks import TaskSpec

@@ -428,7 +428,7 @@ def config_folder(folder: Path) -> None:
 T5_LIKE = BartConfig(vocab_size=300, d_model=8, encoder_layers=1, decoder_layers=1)
 MALFORMED: dict[str, tuple[Callable[[Path], object], str]] = {
     "no such folder": (shutil.rmtree, "there is no such folder. Use minilm"),
-    "empty folder": (empty, "config.json is missing, so this is no model. It must come with"),
+    "empty folder": (empty, "config.json is missing, so this is not a model. It must come with"),
     "a file": (into_file, "this is a file. Name the folder"),
     "config broken": (
         lambda f: (f / "config.json").write_text('{"model_type": "roberta",'),
@@ -484,10 +484,10 @@ MALFORMED: dict[str, tuple[Callable[[Path], object], str]] = {
         "model.safetensors is missing. Use a model or commit with safetensors",
     ),
     "a pickle": (into_pickle, "pytorch_model.bin is a pickle, which can run code and is not read"),
-    "weights cut short": (cut_short, "model.safetensors is cut short .* Copy or download"),
+    "weights cut short": (cut_short, "model.safetensors is incomplete .* Copy or download"),
     "weights are text": (
         lambda f: (f / "model.safetensors").write_text("version https://git-lfs.github.com/spec/v1"),
-        "cut short or no safetensors file",
+        "incomplete or not a safetensors file",
     ),
     "weights of nothing": (lambda f: weights(f, lambda w: {}), "holds no tensors"),
     "index broken": (lambda f: sharded(f, "{"), "index.json is broken"),
@@ -561,7 +561,7 @@ def test_weights_that_do_not_fit(case: str, copy: Path) -> None:
 @pytest.mark.parametrize(
     ("pretrained_id", "revision", "message"),
     [
-        ("robeta-base", None, r"no model.revision and no folder .*did you mean 'roberta-base'"),
+        ("robeta-base", None, r"no model.revision and no local folder .*did you mean 'roberta-base'"),
         (
             "someone/encoder",
             None,
