@@ -13,12 +13,19 @@ from torch import Tensor
 from transformers import DataCollatorWithPadding, PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
 from fwlora_lab.bench.workload import NEVER, PADDED, WHOLE, Workload
+from fwlora_lab.config.schema import RunConfig
 from fwlora_lab.data.tokens import collate
-from fwlora_lab.lanes.engine import Lanes
+from fwlora_lab.lanes.engine import LaneEngine
 from fwlora_lab.lanes.packing import Packed, Shape, pack, pack_shaped, shape_of
-from fwlora_lab.models.classifier import build_classifier
-from fwlora_lab.models.methods import build_method, initial_ranks
+from fwlora_lab.models.adapter_plan import plan_adapters
+from fwlora_lab.models.classifier import ClassifierSkeleton, build_classifier
+from fwlora_lab.models.methods import build_method, new_state
+from fwlora_lab.seeds import derive
 from fwlora_lab.training.lane_settings import lane_settings
+
+
+def _seeded(cfg: RunConfig, seed: int) -> RunConfig:
+    return cfg.model_copy(update={"training": cfg.training.model_copy(update={"seed": seed})})
 
 
 class LaneCase:
@@ -34,11 +41,14 @@ class LaneCase:
         model = build_classifier(course.backbone, course.spec, 0).to(course.device)  # type: ignore[arg-type]
         if half or course.device.type == "cuda":
             model.bfloat16()
-        ranks = initial_ranks(cfg, course.backbone, total)
-        self.engine = Lanes(model, list(ranks), lanes, max(ranks.values()), spectral=method == "adalora")
+        plan = plan_adapters(cfg, course.backbone, total)
+        ranks = plan.initial_ranks()
+        self.engine = LaneEngine(model, list(ranks), lanes, max(ranks.values()), svd_parametrized=method == "adalora")
+        skeleton = ClassifierSkeleton(course.backbone, course.spec)
         for seed in range(lanes):
-            arm = build_method(cfg, course.backbone, course.spec, seed, total)
-            self.engine.admit(lane_settings(cfg, arm, seed, total), arm.adapters(), arm.head())
+            own = _seeded(cfg, seed)
+            state = new_state(own, course.backbone, skeleton.with_head(derive(seed, "head")), plan, total)
+            self.engine.admit(lane_settings(own, plan, total), state.adapters(), state.head())
         self.table = course.table.to(course.device)
         self.shape: Shape | None = None
         if course.device.type == "cuda":
@@ -72,24 +82,28 @@ class PeftLoop:
         self.losses: list[float] = []
         total = WHOLE if method == "adalora" else NEVER
         cfg = course.config(method, warmup_steps=warmup, estimator="sketch")
-        self.arm = build_method(cfg, course.backbone, course.spec, 0, total, course.device)
-        self.arm.model.train()
+        self.method = build_method(_seeded(cfg, 0), course.backbone, course.spec, total, course.device)
+        self.method.model.train()
         self.table = course.table.to(course.device)
 
     def train(self, batches: Sequence[Tensor]) -> float:
-        arm, training, pad = self.arm, self.course.cfg.training, cast(int, self.course.backbone.tokenizer.pad_token_id)
+        method, training, pad = (
+            self.method,
+            self.course.cfg.training,
+            cast(int, self.course.backbone.tokenizer.pad_token_id),
+        )
         losses = []
         start = self.course.clock()
         for index in batches:
             batch = collate(self.table, index.to(self.course.device), pad, "longest", PADDED)
             with _autocast(self.course.device):
-                loss = arm.model(**batch).loss
+                loss = method.model(**batch).loss
             loss.backward()
             if training.max_grad_norm is not None:
-                torch.nn.utils.clip_grad_norm_(arm.trainable, training.max_grad_norm)
-            arm.optimizer.step()
-            arm.scheduler.step()
-            arm.optimizer.zero_grad()
+                torch.nn.utils.clip_grad_norm_(method.trainable, training.max_grad_norm)
+            method.optimizer.step()
+            method.scheduler.step()
+            method.optimizer.zero_grad()
             losses.append(loss.detach())
         self.course.wait()
         seconds = self.course.clock() - start
@@ -106,7 +120,7 @@ class TrainerBaseline:
     def __init__(self, course: Workload, grouped: bool = False) -> None:
         self.course = course
         self.losses: list[float] = []  # one, the mean over the batches
-        arm = build_method(course.config("lora"), course.backbone, course.spec, 0, NEVER, course.device)
+        lora = build_method(_seeded(course.config("lora"), 0), course.backbone, course.spec, NEVER, course.device)
         training = course.cfg.training
         self._folder = tempfile.TemporaryDirectory()
         arguments = TrainingArguments(
@@ -133,7 +147,7 @@ class TrainerBaseline:
         )
         self._clock = _EpochClock(course)
         self.trainer = Trainer(
-            model=arm.model,
+            model=lora.model,
             args=arguments,
             data_collator=collator,
             train_dataset=cast(Any, []),

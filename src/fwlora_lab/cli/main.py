@@ -275,7 +275,7 @@ def _train_and_tell(runs: Sequence[RunSpec], again: bool) -> int:
     from fwlora_lab.training.scheduler import train_runs
 
     with show(len(runs)) as listen:
-        records = train_runs(runs, listen, again=again)
+        records = train_runs(runs, listen, overwrite=again)
     print(summary(records))
     return _tell_failures(records)
 

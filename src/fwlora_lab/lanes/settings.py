@@ -1,4 +1,4 @@
-"""TODO"""
+"""What the engine is told about the run in a lane, and what it remembers of that run apart from its tensors."""
 
 from __future__ import annotations
 
@@ -6,18 +6,33 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
+from transformers import PretrainedConfig
 
 import fwlora
+
+# Encoders by the layout of their classification head (see `layers.LaneHead`).
+BERT_HEADS = ("bert",)
+ROBERTA_HEADS = ("roberta", "xlm-roberta", "camembert")
 
 
 @dataclass(frozen=True)
 class Allocation:
-    """AdaLoRA's schedule, in steps counted from 1, under PEFT's names; `final` is the ranks left over all targets.
+    """AdaLoRA's rank schedule, in optimiser steps counted from 1.
 
-    AdaLoRA (arXiv 2303.10512) trains ΔW = s·B·diag(Λ)·A with A and B held near orthogonal, scores each (row of A,
-    λ, column of B) by a smoothed |w·∇w| times its uncertainty, and sets the λ of the least ones to zero on a
-    budget that falls with the cube of the remaining time. With tinit = tfinal = total_steps nothing is ever scored or
-    masked: that is SVD-LoRA.
+    AdaLoRA (arXiv 2303.10512) trains ΔW = s·B·diag(Λ)·A with A and B held near orthogonal. It scores each triplet (row
+    of A, entry of Λ, column of B) by a smoothed |w·∇w| times its uncertainty and sets the λ of the lowest scores to
+    zero. The number of triplets that stay falls with the cube of the remaining time. With tinit = tfinal = total_steps
+    nothing is ever scored or masked: that is SVD-LoRA.
+
+    Args:
+        final: ranks that are left at the end, summed over all targets.
+        tinit: steps before the first allocation.
+        tfinal: steps after the last allocation.
+        delta_t: steps from one allocation to the next.
+        beta1: decay of the smoothed sensitivity, in [0, 1).
+        beta2: decay of its uncertainty, in [0, 1).
+        orth_reg_weight: weight of the orthogonality regulariser.
+        total_steps: steps of the whole run.
     """
 
     final: int
@@ -30,10 +45,10 @@ class Allocation:
     total_steps: int
 
     def budget(self, step: int, initial: int) -> int | None:
-        """Ranks to keep after this step; None where nothing is masked."""
+        """The ranks to keep after this step, of `initial` ones; None if nothing is masked after it."""
         if step <= self.tinit:
             return None
-        if step >= self.total_steps - self.tfinal:  # the last allocation is forced, then it stays
+        if step >= self.total_steps - self.tfinal:  # PEFT forces the last allocation and repeats it on each later step
             return self.final
         if step % self.delta_t:
             return None
@@ -43,10 +58,18 @@ class Allocation:
 
 @dataclass
 class LaneSettings:
-    """What makes a lane's run differ from its neighbours'.
+    """The hyper-parameters of one run.
 
-    ranks by target (0: no adapter there); scale: s of ΔW = s·B·A; dropout: of the adapters' input; seed: of its
-    dropout masks; warmup_steps: K in steps; fw: the method's settings; ada: AdaLoRA's; both None for plain LoRA.
+    Args:
+        ranks: rank by target, 0 or absent for a target without an adapter.
+        scale: s of ΔW = s·B·A.
+        dropout: rate for the adapters' input.
+        weight_decay: AdamW's decoupled weight decay.
+        max_grad_norm: the gradient is clipped to this norm; None: it is not clipped.
+        seed: of the dropout masks.
+        fw: settings of Fisher-Weighted LoRA; None for other methods.
+        warmup_steps: K, the steps before its penalty begins.
+        ada: the schedule of AdaLoRA and SVD-LoRA; None for other methods.
     """
 
     ranks: Mapping[str, int]
@@ -62,13 +85,46 @@ class LaneSettings:
 
 @dataclass
 class Lane:
-    """What the engine remembers of a lane besides its row of the buffers."""
+    """One run in the engine: its settings, its random generator and the number of steps it has made."""
 
     settings: LaneSettings
     generator: torch.Generator
     step: int = 0
 
+    @property
+    def phase(self) -> str:
+        """The part of the run that its next step belongs to, by the names that the methods use."""
+        settings = self.settings
+        ada = settings.ada
+        if ada is not None and ada.tinit < ada.total_steps:
+            if self.step < ada.tinit:
+                return "initial"
+            return "allocating" if self.step < ada.total_steps - ada.tfinal else "final"
+        if settings.fw is None:
+            return "training"
+        return "warmup" if self.step < settings.warmup_steps else "penalty"
 
-def supports(config) -> bool:
+    @property
+    def is_observed(self) -> bool:
+        """Whether the next step's gradient goes into the Fisher average."""
+        fw = self.settings.fw
+        if fw is None or self.step >= self.settings.warmup_steps:
+            return False
+        since_start = self.step - fw.fisher_start
+        return since_start >= 0 and since_start % fw.fisher_interval == 0
+
+    @property
+    def is_penalized(self) -> bool:
+        """Whether the next step applies Fisher-Weighted LoRA's penalty."""
+        return self.settings.fw is not None and self.step >= self.settings.warmup_steps
+
+    @property
+    def is_scored(self) -> bool:
+        """Whether the next step updates AdaLoRA's importance scores."""
+        ada = self.settings.ada
+        return ada is not None and self.step + 1 < ada.total_steps - ada.tfinal
+
+
+def supports(config: PretrainedConfig) -> bool:
     """Whether the engine knows this architecture's head and attention."""
-    return config.model_type in ("bert", "roberta", "xlm-roberta", "camembert")
+    return config.model_type in (*BERT_HEADS, *ROBERTA_HEADS)

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import AutoModelForSequenceClassification, PreTrainedModel
 
 from fwlora_lab.errors import UserError
@@ -29,6 +30,43 @@ def build_classifier(
     encoder (BERT) keeps its stored weights. Raises `UserError` when weights are missing, broken or
     of another shape than config.json says.
     """
+    model, missing = _load(backbone, spec, dtype)
+    return _with_head(model, missing, seed)
+
+
+class ClassifierSkeleton:
+    """Classifiers of one encoder and task whose frozen weights take no memory.
+
+    For adapters and heads that are drawn, summarized and written, but not run here: the weights are loaded once, for
+    the part of the head that is stored with them, and dropped.
+    """
+
+    def __init__(self, backbone: Backbone, spec: TaskSpec) -> None:
+        self._model, self._missing = _load(backbone, spec, torch.float32)
+        head = {id(module) for part in head_parts(self._model) for module in part.modules()}
+        self._frozen = [name for name, module in self._model.named_modules() if id(module) not in head]
+        self._move_frozen(self._model, lambda t: t.to("meta"))
+
+    def with_head(self, seed: int) -> PreTrainedModel:
+        """A classifier with the head that `build_classifier` draws from the same seed."""
+        model = copy.deepcopy(self._model)
+        # One zero, seen as a whole matrix: PEFT puts adapters on the device of the frozen weight, so it must be real.
+        self._move_frozen(model, lambda t: torch.zeros((), dtype=t.dtype).expand(t.shape))
+        return _with_head(model, self._missing, seed)
+
+    def _move_frozen(self, model: PreTrainedModel, move: Callable[[Tensor], Tensor]) -> None:
+        for name in self._frozen:
+            module = model.get_submodule(name)
+            for key, parameter in module._parameters.items():
+                if parameter is not None:
+                    module._parameters[key] = nn.Parameter(move(parameter.data), requires_grad=False)
+            for key, buffer in module._buffers.items():
+                if buffer is not None:
+                    module._buffers[key] = move(buffer)
+
+
+def _load(backbone: Backbone, spec: TaskSpec, dtype: torch.dtype) -> tuple[PreTrainedModel, set[str]]:
+    """The classifier with its stored weights, and the names of the parameters that are not stored."""
     where = f"model.pretrained_id ({backbone.source})"
     if backbone.commit is not None:
         download(backbone.path_or_id, backbone.commit, WEIGHT_FILES)
@@ -55,12 +93,17 @@ def build_classifier(
                 output_loading_info=True,
             )
         _check_report(model, report, where)
-        torch.manual_seed(seed)
-        _draw_head(model, {*report["missing_keys"], *(key for key, *_ in report["mismatched_keys"])})
-    model.requires_grad_(False)
     # decoders find a sentence's last token by this id, so it must be the one that batches hold
     model.config.pad_token_id = backbone.tokenizer.pad_token_id
     model.name_or_path = model.config._name_or_path = backbone.path_or_id
+    return model, {*report["missing_keys"], *(key for key, *_ in report["mismatched_keys"])}
+
+
+def _with_head(model: PreTrainedModel, missing: set[str], seed: int) -> PreTrainedModel:
+    with torch.random.fork_rng(devices=[]), quiet_loading():
+        torch.manual_seed(seed)
+        _draw_head(model, missing)
+    model.requires_grad_(False)
     return model
 
 

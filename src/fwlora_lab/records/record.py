@@ -105,6 +105,7 @@ class Record(RecordBlock):
     run_id: str
     seed: int
     method: str
+    engine: Literal["lanes", "peft"] | None = None
     status: Literal["complete", "failed"]
     error: Failure | None = None
     started: datetime

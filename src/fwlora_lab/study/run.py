@@ -29,7 +29,8 @@ from fwlora_lab.search.trials import is_counted, params_of
 from fwlora_lab.study.plan import PlannedCell, PlannedStudy
 from fwlora_lab.study.workers import train_in_processes
 from fwlora_lab.training.jobs import RunSpec
-from fwlora_lab.training.scheduler import lanes_at_once, train_runs
+from fwlora_lab.training.lane_trainer import max_lanes
+from fwlora_lab.training.scheduler import train_runs
 
 
 def run_study(plan: PlannedStudy, jobs: int = 1) -> list[Record]:
@@ -71,7 +72,7 @@ def _cohorts(plan: PlannedStudy, data: Mapping[str, str]) -> list[list[RunSpec]]
     Raises:
         UserError: a finished run has another config or other data.
     """
-    at_once = lanes_at_once()
+    at_once = max_lanes()
     groups = dict.fromkeys((cell.task, cell.budget) for cell in plan.cells)
     cohorts = []
     for group in groups:

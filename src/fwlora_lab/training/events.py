@@ -1,4 +1,4 @@
-"""TODO"""
+"""What happens to runs while they train, as values that a caller's `on_event` receives."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ class Event:
 
 @dataclass(frozen=True)
 class RunStarted(Event):
-    """A run begins: run `index` (from 0) of `of` in its cohort."""
+    """A run begins: run `index` (from 0) of the `of` runs of one call."""
 
     method: str
     total_steps: int
@@ -81,8 +81,8 @@ EventCallback = Callable[[Event], object]
 
 
 class StopRun(Exception):
-    """Raised by a listener that hears `Evaluated`: the run ends there and leaves nothing, the others go on."""
+    """Raised by a callback that receives `Evaluated`: that run ends and leaves nothing, the others go on."""
 
 
 def ignore_event(event: Event) -> None:
-    pass
+    """A callback for callers who want none."""

@@ -1,28 +1,24 @@
-"""TODO"""
+"""A run to train, and a run with all that it needs: checked config, data, tokens, encoder, adapters."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from typing import cast
+from typing import Literal, cast
 
-import torch
 from torch import Tensor
 
 from fwlora_lab.catalog.tasks import TaskSpec
-from fwlora_lab.config.checks import check_warmup, warnings_of
 from fwlora_lab.config.schema import RunConfig
-from fwlora_lab.data.load import load_task
 from fwlora_lab.data.task import TaskData
-from fwlora_lab.data.tokens import TokenTable, collate, length_groups, tokenize
+from fwlora_lab.data.tokens import TokenTable, collate, epoch_batches, length_groups
 from fwlora_lab.errors import UserError
-from fwlora_lab.lanes.settings import supports
-from fwlora_lab.models.backbones import Backbone, load_backbone
-from fwlora_lab.models.methods import plan_adapters
+from fwlora_lab.models.adapter_plan import AdapterPlan
+from fwlora_lab.models.backbones import Backbone
 from fwlora_lab.records.folder import RunDir, differences, load_record, status_of
-from fwlora_lab.training.device import in_bf16
+from fwlora_lab.seeds import derive
 
 
 @dataclass(frozen=True)
@@ -35,17 +31,22 @@ class RunSpec:
 
 @dataclass(frozen=True)
 class Job:
-    """A run with all that it needs and does not change."""
+    """A run with all that it needs and does not change; `cfg.training.seed` is its seed."""
 
     cfg: RunConfig
-    seed: int
     data: TaskData
     backbone: Backbone
     train: TokenTable
     evaluation: TokenTable
+    plan: AdapterPlan
     total_steps: int
+    engine: Literal["lanes", "peft"]
     folder: RunDir
     warnings: tuple[str, ...]
+
+    @property
+    def seed(self) -> int:
+        return self.cfg.training.seed
 
     @property
     def key(self) -> tuple[str, int]:
@@ -54,6 +55,10 @@ class Job:
     @property
     def spec(self) -> TaskSpec:
         return self.data.spec
+
+    def epoch_batches(self, epoch: int) -> list[Tensor]:
+        """The examples of each optimizer step of an epoch, in this run's own order."""
+        return epoch_batches(len(self.train), examples_per_step(self.cfg), derive(self.seed, "order"), epoch)
 
     def micro_batches(self, group: Tensor) -> list[Tensor]:
         """One step's examples in the parts that go through the model one after another."""
@@ -64,89 +69,38 @@ class Job:
         return parts
 
     def batch(self, table: TokenTable, index: Tensor) -> dict[str, Tensor]:
+        """Examples of a table, padded as the config says."""
         data, pad = self.cfg.dataset, self.backbone.tokenizer.pad_token_id
         return collate(table, index, cast(int, pad or 0), data.padding, data.max_length)
 
+    def is_complete(self) -> bool:
+        """Whether the run is trained already.
 
-@dataclass
-class ResourceCache:
-    """Data, tokens and backbones, each loaded once."""
-
-    device: torch.device
-    tasks: dict[str, TaskData] = field(default_factory=dict)
-    backbones: dict[str, Backbone] = field(default_factory=dict)
-    tables: dict[tuple[str, str, str], TokenTable] = field(default_factory=dict)
-
-    def job(self, run: RunSpec) -> Job:
-        """The run with all that it needs; refuses what cannot be trained."""
-        tasks, backbones, tables = self.tasks, self.backbones, self.tables
-        training = run.cfg.training.model_copy(update={"seed": run.seed})
-        cfg = run.cfg.model_copy(update={"training": training})
-        data_key = cfg.dataset.model_dump_json()
-        if data_key not in tasks:
-            tasks[data_key] = load_task(cfg.dataset)
-        backbone_key = f"{cfg.model.pretrained_id}@{cfg.model.revision}"
-        if backbone_key not in backbones:
-            backbones[backbone_key] = load_backbone(cfg.model)
-        data, backbone = tasks[data_key], backbones[backbone_key]
-        if cfg.dataset.max_length > backbone.max_tokens:
+        Raises:
+            UserError: a run with another config or other data is in its place.
+        """
+        status = status_of(self.cfg, self.seed, self.data.fingerprint)
+        if status == "different":
+            reasons = differences(self.cfg, load_record(self.folder.path), self.data.fingerprint)
             raise UserError(
-                f"dataset.max_length={cfg.dataset.max_length} is more than the "
-                f"{backbone.max_tokens} tokens that {backbone.name} can read. "
-                f"Set dataset.max_length={backbone.max_tokens} or less."
+                f"{self.folder.path} holds a finished run of another kind: {'; '.join(reasons)}. "
+                "Set another run_id or results_dir, or train it anew with again=true."
             )
-        for split in ("train", cfg.training.evaluate_on):
-            examples = getattr(data, split)
-            if not len(examples):
-                raise UserError(
-                    f"training.evaluate_on={split} needs a {split} split, and it is empty. "
-                    "Set dataset.validation_fraction above 0, or training.evaluate_on=dev."
-                    if split == "validation"
-                    else f"the {split} split of {data.source} is empty."
-                )
-            if (data_key, backbone_key, split) not in tables:
-                tables[data_key, backbone_key, split] = tokenize(
-                    examples, backbone.tokenizer, cfg.dataset.max_length, cfg.dataset.truncation
-                )
-        total_steps = cfg.training.epochs * steps_per_epoch(cfg, len(data.train))
-        check_warmup(cfg, total_steps, len(data.train))
-        notes = [*warnings_of(cfg), *plan_adapters(cfg, backbone, total_steps).warnings]
-        if cfg.training.mixed_precision == "bf16" and not in_bf16(cfg, self.device):
-            notes.append("training.mixed_precision=bf16: this CPU has no instructions for it; the run trains in fp32.")
-        if cfg.training.engine == "lanes" and supports(backbone.config):
-            if cfg.dataset.padding == "max_length":
-                notes.append(
-                    "dataset.padding=max_length changes nothing here: lanes compute true tokens only. "
-                    "Set training.engine=peft to pad."
-                )
-        elif cfg.training.engine == "lanes":
-            notes.append(
-                f"training.engine=lanes does not know {backbone.config.model_type}: the run trains with PEFT's layers "
-                "and padded batches, one model a run."
-            )
-        return Job(
-            cfg=cfg,
-            seed=run.seed,
-            data=data,
-            backbone=backbone,
-            train=tables[data_key, backbone_key, "train"],
-            evaluation=tables[data_key, backbone_key, cfg.training.evaluate_on],
-            total_steps=total_steps,
-            folder=RunDir(cfg.results_dir, cfg.run_id, run.seed),
-            warnings=tuple(notes),
-        )
+        return status == "complete"
 
 
 def steps_per_epoch(cfg: RunConfig, examples: int) -> int:
-    """Optimiser steps in an epoch; the last one may see fewer examples."""
+    """Optimizer steps in an epoch; the last one may see fewer examples."""
     return math.ceil(examples / examples_per_step(cfg))
 
 
 def examples_per_step(cfg: RunConfig) -> int:
+    """Examples that one optimizer step sees."""
     return cfg.training.batch_size * cfg.training.gradient_accumulation_steps
 
 
-def refuse_collisions(jobs: Sequence[Job], again: bool) -> None:
+def refuse_collisions(jobs: Sequence[Job], overwrite: bool) -> None:
+    """Refuse two jobs with one folder and, unless they may be overwritten, runs of another kind in their folders."""
     seen: dict[Path, Job] = {}
     for job in jobs:
         path = job.folder.path.resolve()
@@ -156,16 +110,5 @@ def refuse_collisions(jobs: Sequence[Job], again: bool) -> None:
                 "Give each variant a run_id of its own, for example run_id=NAME."
             )
         seen[path] = job
-        if not again:
-            is_complete(job)
-
-
-def is_complete(job: Job) -> bool:
-    status = status_of(job.cfg, job.seed, job.data.fingerprint)
-    if status == "different":
-        reasons = differences(job.cfg, load_record(job.folder.path), job.data.fingerprint)
-        raise UserError(
-            f"{job.folder.path} holds a finished run of another kind: {'; '.join(reasons)}. "
-            "Set another run_id or results_dir, or train it anew with again=true."
-        )
-    return status == "complete"
+        if not overwrite:
+            job.is_complete()

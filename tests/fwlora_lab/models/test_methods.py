@@ -18,16 +18,15 @@ import fwlora
 from fwlora_lab.catalog.tasks import TaskSpec
 from fwlora_lab.config.schema import FWLoraSettings, RunConfig
 from fwlora_lab.errors import UserError
+from fwlora_lab.models.adapter_plan import plan_adapters
+from fwlora_lab.models.adapter_state import SvdLoraState, fw_config
 from fwlora_lab.models.backbones import Backbone, load_backbone
 from fwlora_lab.models.methods import (
-    SPECTRAL,
     AdaLoraMethod,
     FWLoraMethod,
-    LoraMethod,
-    SvdLoraMethod,
+    Method,
     build_method,
-    fw_config,
-    plan_adapters,
+    parts_of,
 )
 from fwlora_lab.seeds import derive
 from fwlora_lab.training.jobs import RunSpec
@@ -50,8 +49,9 @@ def backbone(world: World) -> Backbone:
     return load_backbone(world.config().model)
 
 
-def build(cfg: RunConfig, backbone: Backbone, seed: int = 1, steps: int = 20) -> LoraMethod:
-    return build_method(cfg, backbone, SPEC, seed, steps)
+def build(cfg: RunConfig, backbone: Backbone, seed: int = 1, steps: int = 20) -> Method:
+    cfg = cfg.model_copy(update={"training": cfg.training.model_copy(update={"seed": seed})})
+    return build_method(cfg, backbone, SPEC, steps)
 
 
 def batch(seed: int = 0) -> dict[str, Tensor]:
@@ -60,7 +60,7 @@ def batch(seed: int = 0) -> dict[str, Tensor]:
     return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": torch.arange(6) % 2}
 
 
-def train(arm: LoraMethod, steps: int) -> None:
+def train(arm: Method, steps: int) -> None:
     arm.model.train()
     for step in range(steps):
         arm.model(**batch(step)).loss.backward()
@@ -69,7 +69,7 @@ def train(arm: LoraMethod, steps: int) -> None:
         arm.optimizer.zero_grad()
 
 
-def tensors(arm: LoraMethod, part: str) -> dict[str, Tensor]:
+def tensors(arm: Method, part: str) -> dict[str, Tensor]:
     return {n: p.detach().clone() for n, p in arm.model.named_parameters() if part in n and p.requires_grad}
 
 
@@ -105,7 +105,7 @@ def test_rank_wins_over_the_budget_and_says_the_true_percentage(world: World, ba
         f"{2 * UNIT} parameters, {percent:.3f} % of the backbone. "
         "Set model.lora.rank=null to let the budget decide.",
     )
-    parameters = build(cfg, backbone).parameters()
+    parameters = build(cfg, backbone).state.parameters()
     assert parameters.adapters == parameters.adapters_trained == 2 * UNIT
     assert parameters.percent == pytest.approx(percent) and parameters.asked_percent == 0.5
     assert parameters.backbone == backbone.parameters
@@ -124,9 +124,9 @@ def test_a_budget_becomes_ranks_at_one_scale(world: World, backbone: Backbone, m
         model__lora__alpha=None,
     )
     arm = build(cfg, backbone)
-    rows = arm.report() if method == "lora" else LoraMethod.report(arm)
+    rows = arm.state.matrix_rows()
     assert {row.rank for row in rows} == {1, 2}
-    used = arm.parameters().adapters
+    used = arm.state.parameters().adapters
     assert 1.4 * UNIT - 32 < used <= 1.4 * UNIT
     scales = {m.scaling["default"] for m in arm.model.modules() if isinstance(m, LoraLayer)}
     assert scales == {2.0}
@@ -154,7 +154,7 @@ def test_matrices_decay_and_vectors_do_not(world: World, backbone: Backbone) -> 
     assert rates[55] == pytest.approx(2.5e-3) and arm.scheduler.get_last_lr() == [0.0, 0.0]
 
 
-def test_every_setting_reaches_the_method() -> None:
+def test_every_setting_reaches_the_method(world: World) -> None:
     changed = {
         "penalty_strength": 0.3,
         "warmup_steps": 7,
@@ -172,12 +172,14 @@ def test_every_setting_reaches_the_method() -> None:
         "fisher_start": 2,
     }
     assert set(changed) == set(FWLoraSettings.model_fields)
-    config = fw_config(FWLoraSettings(**changed), seed=5)
+    config = fw_config(world.config(fw_lora=changed), seed=5)
     for key, value in changed.items():
         assert getattr(config, key) == value
     assert config.seed == 5
     assert set(changed) | {"seed"} == {f.name for f in fields(fwlora.FWLoraConfig)}
-    assert fw_config(FWLoraSettings(), 0) == fwlora.FWLoraConfig()
+    assert (
+        fw_config(RunConfig.model_validate(world.config().model_dump() | {"fw_lora": {}}), 0) == fwlora.FWLoraConfig()
+    )
 
 
 def test_fw_lora_watches_and_then_shrinks(world: World, backbone: Backbone) -> None:
@@ -188,7 +190,7 @@ def test_fw_lora_watches_and_then_shrinks(world: World, backbone: Backbone) -> N
     assert arm.phase() == "warmup"
     train(arm, 1)
     assert arm.phase() == "penalty"
-    rows = arm.report()
+    rows = arm.state.matrix_rows(arm.fisher())
     assert [r.name for r in rows] == list(arm.handle.names) and rows[0].name == (
         "bert.encoder.layer.0.attention.self.query"
     )
@@ -203,12 +205,12 @@ def test_fw_lora_watches_and_then_shrinks(world: World, backbone: Backbone) -> N
 def test_the_update_norm_is_that_of_the_product(world: World, backbone: Backbone, method: str) -> None:
     arm = build(world.config(method), backbone)
     train(arm, 8)
-    got = {row.name: row.delta_norm for row in arm.report()}
+    got = {row.name: row.delta_norm for row in arm.state.matrix_rows()}
     layers = dict(arm.model.base_model.model.named_modules())  # type: ignore[operator]
     for name, norm in got.items():
         layer = layers[name]
         a, b = layer.lora_A["default"], layer.lora_B["default"]
-        if method in SPECTRAL:
+        if parts_of(method).spectral:
             delta = 2.0 * b @ torch.diag(layer.lora_E["default"][:, 0]) @ a
         else:
             delta = 2.0 * b.weight @ a.weight
@@ -233,12 +235,12 @@ def test_adalora_has_the_budget_the_schedule_and_the_scale(world: World, backbon
     for _ in range(50):
         phases.append(arm.phase())
         train(arm, 1)
-        ranks.append(sum(row.rank for row in arm.report()))
+        ranks.append(sum(row.rank for row in arm.state.matrix_rows()))
     assert phases == ["initial"] * 6 + ["allocating"] * 19 + ["final"] * 25
     assert ranks[5] == 20 and ranks[24:] == [12] * 26, "1.25 ranks for each of 10 matrices, rounded down"
     assert ranks[6] == 12 + int(8 * (18 / 19) ** 3), "the cubic schedule begins at once"
     assert all(a >= b for a, b in zip(ranks[5:], ranks[6:], strict=False))
-    parameters = arm.parameters()
+    parameters = arm.state.parameters()
     assert parameters.adapters_trained == 2 * (UNIT + 10)
     assert 12 * 33 <= parameters.adapters <= 12 * 49
     ruler = build(cfg.model_copy(update={"method": "lora"}), backbone)
@@ -262,7 +264,7 @@ def test_adaloras_regulariser_is_in_the_loss_only_with_labels(world: World, back
 def test_adalora_manages_the_shortest_runs(world: World, backbone: Backbone, steps: int) -> None:
     arm = build(world.config("adalora"), backbone, steps=steps)
     train(arm, steps)
-    assert sum(row.rank for row in arm.report()) <= 20
+    assert sum(row.rank for row in arm.state.matrix_rows()) <= 20
 
 
 @pytest.mark.parametrize(("steps", "tinit"), [(1, 0.12), (2, 0.12), (3, 0.12), (50, 0.495)])
@@ -290,9 +292,9 @@ def test_vanilla_peft_reads_the_adapter_with_the_same_predictions(
         }
     arm = build(world.config(method, **changes), backbone)
     train(arm, 20)
-    ranks = [row.rank for row in arm.report()]
+    ranks = [row.rank for row in arm.state.matrix_rows()]
     assert (0 in ranks or len(ranks) < 10) == (budget or method == "adalora" and 0 in ranks)
-    arm.export(tmp_path / "adapter")
+    arm.state.export(tmp_path / "adapter")
     base = AutoModelForSequenceClassification.from_pretrained(world.backbone, num_labels=2)
     loaded = PeftModel.from_pretrained(base, str(tmp_path / "adapter")).eval()
     arm.model.eval()
@@ -308,7 +310,7 @@ def test_vanilla_peft_reads_the_adapter_with_the_same_predictions(
 
 def test_adaloras_divisor_is_no_parameter(world: World, backbone: Backbone) -> None:
     """PEFT 0.21.2 would train it and not save it."""
-    arm = build_method(world.config("adalora"), backbone, SPEC, 0, 22)
+    arm = build_method(world.config("adalora"), backbone, SPEC, 22)
     named = dict(arm.model.named_parameters())
     divisors = [p for name, p in named.items() if "ranknum" in name]
     assert divisors and not any(p.requires_grad for p in divisors)
@@ -329,16 +331,16 @@ def test_svd_lora_has_plain_loras_ranks_and_one_parameter_a_rank_more(
 ) -> None:
     arm = build(budgeted(world, backbone, "svd_lora", units), backbone)
     plain = build(budgeted(world, backbone, "lora", units), backbone)
-    assert isinstance(arm, SvdLoraMethod)
-    ranks = {row.name: row.rank for row in plain.report()}
-    assert {row.name: row.rank for row in arm.report()} == ranks
+    assert isinstance(arm.state, SvdLoraState)
+    ranks = {row.name: row.rank for row in plain.state.matrix_rows()}
+    assert {row.name: row.rank for row in arm.state.matrix_rows()} == ranks
     assert {0.5: len(ranks) < 10, 1.4: set(ranks.values()) == {1, 2}, 2.001: set(ranks.values()) == {2}}[units]
-    counts, without = arm.parameters(), plain.parameters()
+    counts, without = arm.state.parameters(), plain.state.parameters()
     assert counts.adapters == counts.adapters_trained == without.adapters + sum(ranks.values())
     assert counts.head == without.head and counts.backbone == without.backbone
     trained = [p for group in arm.optimizer.param_groups for p in group["params"]]
     assert sum(p.numel() for p in trained) == counts.adapters + counts.head, "all is trained, and nothing else"
-    for name, (a, b, spectrum) in arm.adapters().items():
+    for name, (a, b, spectrum) in arm.state.adapters().items():
         assert a.shape[0] == b.shape[1] == spectrum.shape[0] == ranks[name]
         assert not spectrum.any() and a.any() and b.any(), "the update is zero at first through Λ alone"
 
@@ -347,7 +349,7 @@ def test_svd_loras_scale_is_exactly_s_at_every_rank(world: World, backbone: Back
     arm = build(budgeted(world, backbone, "svd_lora", 1.4), backbone)
     arm.model.double().eval()
     layers = dict(arm.model.base_model.model.named_modules())  # type: ignore[operator]
-    for name, (a, b, spectrum) in arm.adapters().items():
+    for name, (a, b, spectrum) in arm.state.adapters().items():
         spectrum.copy_(torch.tensor([0.7, -0.4][: len(spectrum)]))
         layer = layers[name]
         x = torch.linspace(-1, 1, a.shape[1], dtype=torch.float64)[None]
@@ -363,22 +365,23 @@ def test_svd_loras_loss_carries_the_orthogonality_of_every_factor(world: World, 
     out = arm.model(**inputs)
     task = torch.nn.functional.cross_entropy(out.logits, inputs["labels"])
     norms = []
-    for a, b, _ in arm.adapters().values():
+    for a, b, _ in arm.state.adapters().values():
         norms += [float((gram - torch.eye(len(gram))).norm()) for gram in (a @ a.T, b.T @ b)]
     assert len(norms) == 20
     assert float((out.loss - task).detach()) == pytest.approx(0.25 * sum(norms) / 20, rel=1e-4)
-    settings = lane_settings(arm_config := budgeted(world, backbone, "svd_lora", 1.4), arm, 1, 20)
-    assert settings.ada is not None and settings.ada.orth_reg_weight == arm_config.adalora.orth_reg_weight == 0.5
+    lane_config = budgeted(world, backbone, "svd_lora", 1.4)
+    settings = lane_settings(lane_config, plan_adapters(lane_config, backbone, 20), 20)
+    assert settings.ada is not None and settings.ada.orth_reg_weight == lane_config.adalora.orth_reg_weight == 0.5
 
 
 def test_svd_lora_never_prunes(world: World, backbone: Backbone) -> None:
     arm = build(budgeted(world, backbone, "svd_lora", 1.4), backbone, steps=50)
-    before = {name: a.shape[0] for name, (a, _, _) in arm.adapters().items()}
+    before = {name: a.shape[0] for name, (a, _, _) in arm.state.adapters().items()}
     for _ in range(50):
         assert arm.phase() == "training"
         train(arm, 1)
-    assert {row.name: row.rank for row in arm.report()} == before
-    assert all(spectrum.all() for _, _, spectrum in arm.adapters().values()), "no λ was set to zero"
+    assert {row.name: row.rank for row in arm.state.matrix_rows()} == before
+    assert all(spectrum.all() for _, _, spectrum in arm.state.adapters().values()), "no λ was set to zero"
     divisors = [p for name, p in arm.model.named_parameters() if "ranknum" in name]
     assert divisors and not any(p.requires_grad for p in divisors)
     assert sorted(float(p) for p in divisors) == sorted(before.values())
@@ -387,17 +390,17 @@ def test_svd_lora_never_prunes(world: World, backbone: Backbone) -> None:
 def test_svd_lora_is_written_as_plain_lora(world: World, backbone: Backbone, tmp_path: Path) -> None:
     arm = build(budgeted(world, backbone, "svd_lora", 1.4), backbone)
     train(arm, 10)
-    arm.export(tmp_path / "adapter")
+    arm.state.export(tmp_path / "adapter")
     written = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
     assert written["peft_type"] == "LORA" and written["r"] == 2 and written["lora_alpha"] == 4
     base = AutoModelForSequenceClassification.from_pretrained(world.backbone, num_labels=2)
     loaded = PeftModel.from_pretrained(base, str(tmp_path / "adapter"))
-    for name, (a, b, spectrum) in arm.adapters().items():
+    for name, (a, b, spectrum) in arm.state.adapters().items():
         layer = loaded.base_model.model.get_submodule(name)  # type: ignore[operator]
         assert layer.scaling["default"] == 2.0
         torch.testing.assert_close(layer.lora_A["default"].weight.data, a, rtol=0, atol=0)
         torch.testing.assert_close(layer.lora_B["default"].weight.data, b * spectrum, rtol=1e-6, atol=0)
-    arm.export(tmp_path / "again")
+    arm.state.export(tmp_path / "again")
     for file in ("adapter_config.json", "adapter_model.safetensors"):
         assert (tmp_path / "again" / file).read_bytes() == (tmp_path / "adapter" / file).read_bytes()
 
@@ -422,7 +425,7 @@ def test_a_control_is_plain_lora_with_its_penalty_in_the_loss(world: World, back
     for each in (arm, naive):
         each.model.double().eval()  # the encoder's dropout would draw other masks
 
-    def step(each: LoraMethod, number: int, penalty: Tensor | float = 0.0) -> None:
+    def step(each: Method, number: int, penalty: Tensor | float = 0.0) -> None:
         (each.model(**batch(number)).loss + penalty).backward()
         each.optimizer.step()
         each.scheduler.step()
@@ -436,7 +439,7 @@ def test_a_control_is_plain_lora_with_its_penalty_in_the_loss(world: World, back
     order = torch.randperm(10, generator=torch.Generator().manual_seed(3))
     assert order.tolist() != sorted(order.tolist())
     weights = {"request": 1 - share, "permuted": 1 - share[order]}.get(control, torch.ones(10))
-    assert [row.weight for row in arm.report()] == pytest.approx(weights.tolist(), rel=1e-6)
+    assert [row.weight for row in arm.state.matrix_rows(arm.fisher())] == pytest.approx(weights.tolist(), rel=1e-6)
     layers = [m for m in naive.model.modules() if isinstance(m, LoraLayer)]
     assert len(layers) == 10
     for number in range(6, 16):
@@ -447,8 +450,8 @@ def test_a_control_is_plain_lora_with_its_penalty_in_the_loss(world: World, back
             penalty = penalty + 0.05 * weight * norm
         step(naive, number, penalty)
         step(arm, number)
-    for name, factors in arm.adapters().items():
-        for got, want in zip(factors, naive.adapters()[name], strict=True):
+    for name, factors in arm.state.adapters().items():
+        for got, want in zip(factors, naive.state.adapters()[name], strict=True):
             torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-7)
 
 

@@ -1,14 +1,16 @@
-"""`train_cohort` with engine=lanes: the same records as with one model a run, and nothing shared but the time.
+"""`train_runs` with engine=lanes: the same records as with one model a run, and nothing shared but the time.
 
 pytest tests/fwlora_lab/training/test_lane_training.py
 """
 
 from __future__ import annotations
 
+import contextlib
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from peft import PeftModel
 from safetensors.torch import load_file
 from tiny import World
@@ -20,9 +22,11 @@ from fwlora_lab.models.backbones import load_backbone
 from fwlora_lab.models.classifier import build_classifier
 from fwlora_lab.records.folder import load_predictions
 from fwlora_lab.records.record import Record
-from fwlora_lab.training import scheduler as loop
+from fwlora_lab.training import device, lane_trainer
+from fwlora_lab.training.active_run import ActiveRun
 from fwlora_lab.training.events import Note, RunFailed
 from fwlora_lab.training.jobs import RunSpec
+from fwlora_lab.training.resources import ResourceCache
 from fwlora_lab.training.scheduler import train_runs
 
 METHODS = ["lora", "fw_lora", "adalora", "svd_lora"]
@@ -75,7 +79,7 @@ def test_a_lanes_adapter_is_read_by_vanilla_peft(world, method):
     model = build_classifier(backbone, data.spec, seed=99)
     model = PeftModel.from_pretrained(model, str(world.results / method / "seed-0" / "adapter")).eval()
     table = tokenize(data.dev, backbone.tokenizer, cfg.dataset.max_length, True)
-    batch = collate(table, loop.torch.arange(len(table)), 0, "longest", cfg.dataset.max_length)
+    batch = collate(table, torch.arange(len(table)), 0, "longest", cfg.dataset.max_length)
     del batch["labels"]
     got = model(**batch).logits.detach().numpy()
     np.testing.assert_allclose(got, logits(world, method, 0), rtol=1e-3, atol=1e-5)
@@ -84,7 +88,7 @@ def test_a_lanes_adapter_is_read_by_vanilla_peft(world, method):
 
 @pytest.mark.parametrize("engine", ["lanes", "peft"])
 def test_where_the_cpu_has_bf16_the_encoder_computes_in_it(world, monkeypatch, engine):
-    monkeypatch.setattr(loop, "cpu_has_bf16", lambda: True)
+    monkeypatch.setattr(device, "cpu_has_bf16", lambda: True)
     for arm in METHODS:
         full, half = train_runs(
             [
@@ -98,7 +102,7 @@ def test_where_the_cpu_has_bf16_the_encoder_computes_in_it(world, monkeypatch, e
         one, other = logits(world, full.run_id, 0), logits(world, half.run_id, 0)
         assert 1e-5 < np.abs(one - other).max() < 0.3, "as precise as bf16, and no more"
         adapter = load_file(world.results / half.run_id / "seed-0" / "adapter" / "adapter_model.safetensors")
-        assert {value.dtype for value in adapter.values()} == {loop.torch.float32}
+        assert {value.dtype for value in adapter.values()} == {torch.float32}
 
 
 def test_a_lane_in_company_gives_the_record_that_it_gives_alone(tmp_path):
@@ -113,7 +117,7 @@ def test_a_lane_in_company_gives_the_record_that_it_gives_alone(tmp_path):
     assert [r.status for r in together] == ["complete"] * 6
     kept = {(r.run_id, r.seed): logits(world, r.run_id, r.seed) for r in together}
     for plan in plans:
-        (alone,) = train_runs([plan], again=True)
+        (alone,) = train_runs([plan], overwrite=True)
         one = logits(world, alone.run_id, alone.seed)
         np.testing.assert_allclose(one, kept[alone.run_id, alone.seed], rtol=1e-4, atol=1e-5)
 
@@ -129,7 +133,7 @@ def test_a_run_that_diverges_fails_alone(world):
     assert [r.status for r in records] == ["complete", "failed", "complete"]
     assert records[1].error is not None and "diverged" in records[1].error.message
     assert sum(isinstance(e, RunFailed) for e in events) == 1
-    (alone,) = train_runs([plans[0]], again=True)
+    (alone,) = train_runs([plans[0]], overwrite=True)
     assert alone.epochs[-1].train_loss == pytest.approx(records[0].epochs[-1].train_loss, rel=1e-5)
 
 
@@ -137,7 +141,7 @@ def test_an_evaluation_that_fails_is_the_runs_failure(world, monkeypatch):
     def full(*_):
         raise RuntimeError("out of memory")
 
-    monkeypatch.setattr(loop.Lanes, "predict", full)
+    monkeypatch.setattr(lane_trainer.LaneEngine, "predict", full)
     records = train_runs([RunSpec(lanes(world, "lora"), seed) for seed in (0, 1)])
     assert [r.status for r in records] == ["failed"] * 2
     assert {r.error.message for r in records} == {"out of memory"} and records[0].epochs == []
@@ -146,7 +150,7 @@ def test_an_evaluation_that_fails_is_the_runs_failure(world, monkeypatch):
 def test_what_is_there_is_not_trained_again(world, monkeypatch):
     plans = [RunSpec(lanes(world, "lora"), s) for s in (0, 1)]
     train_runs(plans)
-    monkeypatch.setattr(loop, "_lanes_for", lambda *_: pytest.fail("nothing is left to train"))
+    monkeypatch.setattr(lane_trainer, "make_lanes", lambda *_: pytest.fail("nothing is left to train"))
     assert [r.status for r in train_runs(plans)] == ["complete"] * 2
 
 
@@ -165,10 +169,10 @@ def test_ctrl_c_leaves_nothing_and_gives_the_locks_back(world):
 @pytest.mark.parametrize("method", METHODS)
 def test_batches_of_one_shape_as_on_a_gpu_train_the_same(world, monkeypatch, method):
     ragged = train_runs([RunSpec(lanes(world, method, run_id="ragged"), s) for s in (0, 1)])
-    monkeypatch.setattr(loop, "_SHAPED", {"cpu": True})
+    monkeypatch.setattr(lane_trainer, "_SHAPED", {"cpu": True})
     shapes = []
-    packed = loop.pack_shaped
-    monkeypatch.setattr(loop, "pack_shaped", lambda *args: shapes.append(args[2]) or packed(*args))
+    packed = lane_trainer.pack_shaped
+    monkeypatch.setattr(lane_trainer, "pack_shaped", lambda *args: shapes.append(args[2]) or packed(*args))
     shaped = train_runs([RunSpec(lanes(world, method, run_id="shaped"), s) for s in (0, 1)])
     assert len(set(shapes)) == 1 and len(shapes) > 20, "one shape for the whole run"
     for a, b in zip(ragged, shaped, strict=True):
@@ -198,9 +202,62 @@ def test_what_has_no_lanes_trains_padded_and_says_so(world, tmp_path):
 def test_memory_decides_how_many_lanes_there_are(world, monkeypatch, free, expected):
     """However little there is, one lane trains; with more than enough it is the most that serves a CPU."""
     seen = []
-    step = loop.Lanes.step
-    monkeypatch.setattr(loop, "_free_memory", lambda _: free)
-    monkeypatch.setattr(loop.Lanes, "step", lambda self, *args: seen.append(len(self.lanes)) or step(self, *args))
+    step = lane_trainer.LaneEngine.step
+    monkeypatch.setattr(lane_trainer, "free_memory", lambda _: free)
+    monkeypatch.setattr(
+        lane_trainer.LaneEngine, "step", lambda self, *args: seen.append(len(self.lanes)) or step(self, *args)
+    )
     records = train_runs([RunSpec(lanes(world, "lora"), s) for s in range(5)])
     assert [r.status for r in records] == ["complete"] * 5
     assert max(seen) == expected
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_run_goes_on_from_its_state_in_another_company_bit_by_bit(tmp_path, method):
+    """Saved in its second epoch beside one neighbour, continued beside none; dropout is on."""
+    world = World(tmp_path, dropout=0.1)
+    cache = ResourceCache(torch.device("cpu"))
+    jobs = [cache.job(RunSpec(world.config(method, training__engine="lanes"), seed)) for seed in (3, 4)]
+
+    def started(*numbers: int) -> tuple[lane_trainer.LaneTrainer, list[ActiveRun]]:
+        engine = lane_trainer.LaneTrainer(jobs, 2, cache)
+        runs = [ActiveRun(i, jobs[i], cache.device, contextlib.ExitStack()) for i in numbers]
+        for run in runs:
+            engine.start(run)
+        return engine, runs
+
+    def train(engine: lane_trainer.LaneTrainer, runs: list[ActiveRun], steps: int) -> None:
+        for _ in range(steps):
+            engine.step(runs)
+            ended = [run for run in runs if run.at_epoch_end]
+            for run in ended:
+                run.report_progress(lambda _: None, now=True)
+            for run, logits in zip(ended, engine.evaluate(ended) if ended else [], strict=True):
+                run.close_epoch(logits)
+
+    undisturbed, whole = started(0)
+    train(undisturbed, whole, 22)
+    engine, runs = started(1, 0)
+    train(engine, runs, 15)
+    saved = engine.state_dict(runs[1])
+    train(engine, runs, 2)  # what was saved must not move with the run
+    alone, (second,) = started(0)
+    alone.load_state_dict(second, saved)
+    train(alone, [second], 7)
+    first = whole[0]
+    assert second.is_over and [e.step for e in second.epochs] == [11, 22]
+    np.testing.assert_allclose(second.logits, first.logits, rtol=1e-5, atol=1e-6)
+    other, (third,) = started(0)
+    train(other, [third], 15)
+    kept = other.state_dict(third)
+    train(other, [third], 2)
+    again, (fourth,) = started(0)
+    again.load_state_dict(fourth, kept)
+    train(again, [fourth], 7)
+    assert fourth.epochs == first.epochs
+    np.testing.assert_array_equal(fourth.logits, first.logits)
+    assert again.finish(fourth) == undisturbed.finish(first)
+    assert fourth.state is not None and first.state is not None
+    for name, factors in first.state.adapters().items():
+        for one, two in zip(factors, fourth.state.adapters()[name], strict=True):
+            assert torch.equal(one, two)

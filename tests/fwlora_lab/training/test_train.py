@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import threading
@@ -13,21 +14,24 @@ import filelock
 import numpy as np
 import pytest
 import torch
+from peft import PeftModel
 from tiny import World
 
+from fwlora_lab.catalog.methods import METHODS as METHOD_NAMES
 from fwlora_lab.config.schema import RunConfig
 from fwlora_lab.data.load import load_task
 from fwlora_lab.data.tokens import collate, epoch_batches, tokenize
 from fwlora_lab.errors import UserError
+from fwlora_lab.models.adapter_state import adapted_layers
 from fwlora_lab.models.backbones import load_backbone
-from fwlora_lab.models.methods import build_method
+from fwlora_lab.models.methods import AdapterRequest, build_method, lora_adapters, register_method
 from fwlora_lab.records.folder import find_records, load_predictions, load_record
 from fwlora_lab.records.record import Record
 from fwlora_lab.seeds import derive
-from fwlora_lab.training import scheduler as loop
+from fwlora_lab.training import active_run, device, jobs, peft_engine, resources, scheduler
+from fwlora_lab.training.active_run import Clock
 from fwlora_lab.training.events import Evaluated, Event, Note, RunFailed, RunFinished, RunStarted, StepDone
 from fwlora_lab.training.jobs import RunSpec
-from fwlora_lab.training.run_state import Clock
 from fwlora_lab.training.scheduler import train_runs
 
 METHODS = ["lora", "fw_lora", "adalora"]
@@ -36,7 +40,7 @@ METHODS = ["lora", "fw_lora", "adalora"]
 @pytest.fixture(scope="module", autouse=True)
 def on_the_cpu() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(loop, "pick_device", lambda: torch.device("cpu"))
+        patch.setattr(scheduler, "pick_device", lambda: torch.device("cpu"))
         yield
 
 
@@ -104,7 +108,8 @@ def naive(world: World, cfg: RunConfig, seed: int) -> tuple[np.ndarray, list[flo
     """The loop written down plainly, with one example at a time in evaluation."""
     backbone, data = load_backbone(cfg.model), load_task(cfg.dataset)
     train, dev = (tokenize(e, backbone.tokenizer, 32, True) for e in (data.train, data.dev))
-    arm = build_method(cfg, backbone, data.spec, seed, 2 * math.ceil(len(train) / 4))
+    cfg = cfg.model_copy(update={"training": cfg.training.model_copy(update={"seed": seed})})
+    arm = build_method(cfg, backbone, data.spec, 2 * math.ceil(len(train) / 4))
     torch.manual_seed(derive(seed, "dropout"))
     losses = []
     arm.model.train()
@@ -183,10 +188,10 @@ def test_padding_does_not_change_the_result(tmp_path_factory: pytest.TempPathFac
 
 
 def test_the_record_tells_the_run(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(loop, "cpu_has_bf16", lambda: False)
+    monkeypatch.setattr(device, "cpu_has_bf16", lambda: False)
     cfg = world.config("fw_lora", training__mixed_precision="bf16")
     events: list[Event] = []
-    record = run(cfg, seed=5, listen=events.append)
+    record = run(cfg, seed=5, on_event=events.append)
     assert record == load_record(folder(cfg, 5))
     assert (record.run_id, record.seed, record.method) == ("fw_lora", 5, "fw_lora")
     assert (record.steps, record.total_steps, record.status) == (22, 22, "complete")
@@ -234,14 +239,14 @@ def test_selection_is_another_split_than_dev(world: World) -> None:
     record = run(cfg)
     assert record.evaluated_on == "validation"
     labels = load_predictions(folder(cfg))[1]
-    np.testing.assert_array_equal(labels, load_task(cfg.dataset).selection.labels)
+    np.testing.assert_array_equal(labels, load_task(cfg.dataset).validation.labels)
     assert len(labels) == 11 and record.steps == math.ceil(33 / 4)
 
 
 def test_evaluation_is_not_training_time(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
     now = [0.0]
-    monkeypatch.setattr(loop.time, "perf_counter", lambda: now[0])
-    real = {"predict": loop.predict, "collate": loop.collate}
+    monkeypatch.setattr(active_run.time, "perf_counter", lambda: now[0])
+    real = {"predict": peft_engine.predict, "collate": jobs.collate}
 
     def predict(*args: Any) -> np.ndarray:
         before = now[0]
@@ -253,8 +258,8 @@ def test_evaluation_is_not_training_time(world: World, monkeypatch: pytest.Monke
         now[0] += 1.0  # each batch "takes a second"
         return real["collate"](*args)
 
-    monkeypatch.setattr(loop, "predict", predict)
-    monkeypatch.setattr(loop, "collate", batch)
+    monkeypatch.setattr(peft_engine, "predict", predict)
+    monkeypatch.setattr(jobs, "collate", batch)
     times = run(world.config("fw_lora")).times
     assert times is not None
     assert (times.warmup_seconds, times.steady_seconds) == (6.0, 16.0)
@@ -263,7 +268,7 @@ def test_evaluation_is_not_training_time(world: World, monkeypatch: pytest.Monke
 
 def test_the_clock_counts_each_phase(monkeypatch: pytest.MonkeyPatch) -> None:
     now = [100.0]
-    monkeypatch.setattr(loop.time, "perf_counter", lambda: now[0])
+    monkeypatch.setattr(active_run.time, "perf_counter", lambda: now[0])
     clock = Clock(torch.device("cpu"))
     for phase, until in [("a", 103.0), ("a", 104.0), ("b", 110.0), (None, 150.0), ("a", 151.0)]:
         clock.enter(phase)
@@ -280,9 +285,9 @@ def test_what_is_there_is_not_done_again(world: World) -> None:
     cfg = world.config(training__epochs=1)
     first = run(cfg)
     events: list[Event] = []
-    assert run(cfg, listen=events.append) == first
+    assert run(cfg, on_event=events.append) == first
     assert [type(e) for e in events] == [RunFinished] and not events[0].trained  # type: ignore[attr-defined]
-    second = run(cfg, again=True, listen=events.append)
+    second = run(cfg, overwrite=True, on_event=events.append)
     assert second.started > first.started and second.epochs == first.epochs
     assert load_record(folder(cfg)) == second
     renamed = cfg.model_copy(update={"method": "baseline_lora"})
@@ -297,14 +302,14 @@ def test_a_record_of_something_else_is_not_overwritten(world: World) -> None:
     with pytest.raises(UserError, match=r"training\.learning_rate: 0\.005 there, 0\.001 asked for"):
         train_runs([RunSpec(fresh, 0), RunSpec(other, 0)])
     assert not folder(fresh).exists(), "refused before anything was trained"
-    assert run(other, again=True).config["training"]["learning_rate"] == 1e-3
+    assert run(other, overwrite=True).config["training"]["learning_rate"] == 1e-3
 
 
 def test_runs_share_data_tokens_and_backbone(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
     calls = {"load_task": 0, "tokenize": 0, "load_backbone": 0}
 
     def counted(name: str) -> Any:
-        real = getattr(loop, name)
+        real = getattr(resources, name)
 
         def call(*args: Any) -> Any:
             calls[name] += 1
@@ -313,7 +318,7 @@ def test_runs_share_data_tokens_and_backbone(world: World, monkeypatch: pytest.M
         return call
 
     for name in calls:
-        monkeypatch.setattr(loop, name, counted(name))
+        monkeypatch.setattr(resources, name, counted(name))
     runs = [RunSpec(world.config(m, training__epochs=1), s) for m in ("lora", "adalora") for s in (1, 0)]
     records = train_runs(runs)
     assert calls == {"load_task": 1, "tokenize": 2, "load_backbone": 1}
@@ -344,11 +349,11 @@ def test_a_failed_run_is_recorded_and_the_others_go_on(world: World) -> None:
     )
     calm = world.config(training__epochs=1)
     events: list[Event] = []
-    failed, complete = train_runs([RunSpec(wild, 0), RunSpec(calm, 0)], listen=events.append)
+    failed, complete = train_runs([RunSpec(wild, 0), RunSpec(calm, 0)], on_event=events.append)
     assert (failed.status, complete.status) == ("failed", "complete")
     assert failed.error is not None and failed.error.type == "Diverged"
     assert "training diverged. Lower training.learning_rate" in failed.error.message
-    assert "Traceback" in failed.error.traceback and "train.py" in failed.error.traceback
+    assert "Traceback" in failed.error.traceback and "active_run.py" in failed.error.traceback
     assert failed.metrics == {} and failed.matrices == [] and failed.times is not None
     assert load_record(folder(wild)) == failed
     assert sorted(p.name for p in folder(wild).iterdir()) == ["config.yaml", "record.json"]
@@ -357,12 +362,12 @@ def test_a_failed_run_is_recorded_and_the_others_go_on(world: World) -> None:
         RunFinished,
     ]
     again: list[Event] = []
-    train_runs([RunSpec(wild, 0)], listen=again.append)
+    train_runs([RunSpec(wild, 0)], on_event=again.append)
     assert any(isinstance(e, RunStarted) for e in again), "a failed run is tried again"
 
 
 def test_the_step_of_a_divergence_is_named(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
-    real = loop._Job.batch
+    real = jobs.Job.batch
     seen = [0]
 
     def batch(self: Any, table: Any, index: Any) -> Any:
@@ -375,9 +380,9 @@ def test_the_step_of_a_divergence_is_named(world: World, monkeypatch: pytest.Mon
 
     state: list[Any] = []
     bias = "base_model.model.classifier.modules_to_save.default.bias"
-    real_build = loop.build_arm
-    monkeypatch.setattr(loop, "build_arm", lambda *a: state.append(real_build(*a)) or state[0])
-    monkeypatch.setattr(loop._Job, "batch", batch)
+    real_build = peft_engine.build_method
+    monkeypatch.setattr(peft_engine, "build_method", lambda *a: state.append(real_build(*a)) or state[0])
+    monkeypatch.setattr(jobs.Job, "batch", batch)
     record = run(world.config())
     assert record.error is not None
     assert record.error.message.startswith("the training loss is nan at step 4: training diverged")
@@ -392,7 +397,7 @@ def test_stopping_leaves_nothing_half_done(world: World) -> None:
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        train_runs([RunSpec(done, 0), RunSpec(cfg, 0)], listen=stop)
+        train_runs([RunSpec(done, 0), RunSpec(cfg, 0)], on_event=stop)
     assert [r.run_id for r in find_records(world.results)] == ["lora"]
     assert [p.name for p in folder(cfg).parent.iterdir() if not p.name.endswith(".lock")] == []
     assert run(cfg).status == "complete", "and its lock is free"
@@ -418,7 +423,7 @@ def test_a_run_of_another_process_is_waited_for_at_the_end(world: World) -> None
     other = threading.Thread(target=other_process)
     other.start()
     held.wait(20)
-    records = train_runs([RunSpec(busy, 0), RunSpec(free, 0)], listen=listen)
+    records = train_runs([RunSpec(busy, 0), RunSpec(free, 0)], on_event=listen)
     other.join()
     assert [r.run_id for r in records] == ["busy", "lora"]
     notes = [e for e in events if isinstance(e, Note) and "another process" in e.text]
@@ -452,7 +457,7 @@ def test_a_run_of_another_process_is_waited_for_at_the_end(world: World) -> None
 def test_what_cannot_be_trained_is_refused_before_anything_is_done(
     world: World, changes: dict[str, Any], message: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(loop, "build_arm", lambda *_: pytest.fail("loaded the weights"))
+    monkeypatch.setattr(peft_engine, "build_method", lambda *_: pytest.fail("loaded the weights"))
     bad = world.config(changes.pop("arm", "fw_lora"), **changes)
     with pytest.raises(UserError, match=message):
         train_runs([RunSpec(world.config(), 0), RunSpec(bad, 0)])
@@ -470,7 +475,72 @@ def test_a_run_asked_for_twice_is_refused(world: World) -> None:
 def test_results_that_cannot_be_written_are_told_before_training(
     world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(loop, "build_arm", lambda *_: pytest.fail("loaded the weights"))
+    monkeypatch.setattr(peft_engine, "build_method", lambda *_: pytest.fail("loaded the weights"))
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="cannot be written: Not a directory"):
         run(world.config(results_dir=str(tmp_path / "file")))
+
+
+# --- a run's whole state ------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("method", [*METHODS, "svd_lora"])
+def test_a_run_goes_on_from_its_state_bit_by_bit(world: World, method: str) -> None:
+    """Stopped in its second epoch and continued in another engine, after other draws; dropout is on."""
+    cache = resources.ResourceCache(torch.device("cpu"))
+    job = cache.job(RunSpec(world.config(method), 3))
+
+    def train(engine: peft_engine.PeftEngine, run: active_run.ActiveRun, steps: int) -> None:
+        for _ in range(steps):
+            engine.step([run])
+            if run.at_epoch_end:
+                run.report_progress(lambda _: None, now=True)
+                run.close_epoch(engine.evaluate([run])[0])
+
+    def started() -> tuple[peft_engine.PeftEngine, active_run.ActiveRun]:
+        engine = peft_engine.PeftEngine(cache.device)
+        run = active_run.ActiveRun(0, job, cache.device, contextlib.ExitStack())
+        engine.start(run)
+        return engine, run
+
+    undisturbed, whole = started()
+    train(undisturbed, whole, 22)
+    engine, first = started()
+    train(engine, first, 15)
+    saved = engine.state_dict(first)
+    train(engine, first, 2)  # what was saved must not move with the run
+    torch.rand(5)
+    engine, second = started()
+    engine.load_state_dict(second, saved)
+    assert (second.epoch, second.position, second.step) == (1, 4, 15)
+    train(engine, second, 7)
+    assert second.epochs == whole.epochs and second.is_over and second.state and whole.state
+    np.testing.assert_array_equal(second.logits, whole.logits)
+    for name, factors in whole.state.adapters().items():
+        for one, two in zip(factors, second.state.adapters()[name], strict=True):
+            assert torch.equal(one, two)
+    assert engine.finish(second) == undisturbed.finish(whole)
+
+
+def test_a_method_of_ones_own_is_one_call_of_register_method(world: World) -> None:
+    """LoRA whose B is frozen in every second matrix, by the public extension point."""
+
+    def adapt(request: AdapterRequest) -> PeftModel:
+        model = lora_adapters(request)
+        for number, (_, layer) in enumerate(adapted_layers(model)):
+            layer.lora_B["default"].weight.requires_grad_(number % 2 == 0)
+        return model
+
+    register_method("half_lora", adapt, aliases=["proposed_half_lora"])
+    try:
+        notes: list[Event] = []
+        cfg = world.config("proposed_half_lora", training__engine="lanes", training__epochs=1)
+        record = run(cfg, on_event=notes.append)
+        assert (record.status, record.method, record.engine) == ("complete", "half_lora", "peft")
+        assert [row.delta_norm == 0.0 for row in record.matrices] == [False, True] * 5
+        assert any("does not know the method half_lora" in n.text for n in notes if isinstance(n, Note))
+        with pytest.raises(ValueError, match="already means the method lora"):
+            register_method("half_lora", adapt, aliases=["lora"])
+    finally:
+        for name in ("half_lora", "proposed_half_lora"):
+            METHOD_NAMES.pop(name, None)

@@ -1,4 +1,4 @@
-"""TODO"""
+"""The record of a run that is over, well or not."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import os
 import shlex
 import sys
 import traceback
+from collections.abc import Mapping
 from datetime import UTC, datetime
 
 import torch
@@ -13,67 +14,56 @@ import torch
 from fwlora_lab.config.fingerprint import fingerprint
 from fwlora_lab.records.environment import cpu_name, git_commit, versions
 from fwlora_lab.records.record import BackboneInfo, Failure, Machine, Record, Times
+from fwlora_lab.training.active_run import ActiveRun
 from fwlora_lab.training.device import in_bf16, peak_memory
-from fwlora_lab.training.events import EventCallback, RunFailed, RunFinished, StopRun
-from fwlora_lab.training.jobs import Job
-from fwlora_lab.training.run_state import RunState
+from fwlora_lab.training.events import EventCallback, RunFailed, RunFinished
 
 
-def finish_run(
-    job: Job,
-    state: RunState | None,
-    device: torch.device,
-    started: datetime,
-    failure: Exception | None,
-    listen: EventCallback,
-) -> Record | None:
-    """Write the record of a run that is over, well or not, and say so; a run that was stopped has none."""
-    if isinstance(failure, StopRun):
-        return None
+def write_record(run: ActiveRun, fisher: Mapping[str, float] | None, on_event: EventCallback) -> Record:
+    """Write the record of a run that is over and report it."""
+    job, failure = run.job, run.failure
     if failure is None:
-        assert state is not None
         try:
-            record = make_record(job, state, device, started)
+            record = make_record(run, fisher)
         except Exception as error:
             failure = error
     if failure is not None:
-        told = Failure(
-            type=type(failure).__name__,
-            message=str(failure),
-            traceback="".join(traceback.format_exception(failure)),
-        )
-        record = make_record(job, state, device, started, told)
+        record = make_record(run, None, _as_failure(failure))
         job.folder.write(record, job.cfg)
-        listen(RunFailed(*job.key, record))
+        on_event(RunFailed(*job.key, record))
         return record
-    assert state is not None
+    assert run.state is not None
     job.folder.write(
         record,
         job.cfg,
-        logits=state.logits,
+        logits=run.logits,
         labels=job.evaluation.labels.numpy(),
-        save_adapter=state.arm.export if job.cfg.training.save_adapter else None,
+        save_adapter=run.state.export if job.cfg.training.save_adapter else None,
     )
-    listen(RunFinished(*job.key, record, trained=True))
+    on_event(RunFinished(*job.key, record, trained=True))
     return record
 
 
-def make_record(
-    job: Job,
-    state: RunState | None,
-    device: torch.device,
-    started: datetime,
-    failure: Failure | None = None,
-) -> Record:
+def _as_failure(error: Exception) -> Failure:
+    return Failure(
+        type=type(error).__name__,
+        message=str(error),
+        traceback="".join(traceback.format_exception(error)),
+    )
+
+
+def make_record(run: ActiveRun, fisher: Mapping[str, float] | None, failure: Failure | None = None) -> Record:
     """The record of a run as it stands: complete, or failed where it was when `failure` struck."""
+    job, device = run.job, run.device
     cuda = device.type == "cuda"
     record = Record(
         run_id=job.cfg.run_id,
         seed=job.seed,
         method=job.cfg.method_name,
+        engine=job.engine,
         status="failed" if failure else "complete",
         error=failure,
-        started=started,
+        started=run.started,
         finished=datetime.now(UTC),
         command=shlex.join(sys.argv),
         versions=versions(),
@@ -100,25 +90,25 @@ def make_record(
         total_steps=job.total_steps,
         warnings=list(job.warnings),
     )
-    if state is None:
+    if run.state is None:
         return record
-    phases = state.training.seconds
+    phases = run.training.seconds
     seconds = sum(phases.values())
     warmup = phases.get("warmup", 0.0)
-    record.epochs = state.epochs
-    record.steps = state.step
+    record.epochs = run.epochs
+    record.steps = run.step
     record.times = Times(
         train_seconds=seconds,
         warmup_seconds=warmup,
         steady_seconds=seconds - warmup,
-        eval_seconds=sum(state.evaluating.seconds.values()),
+        eval_seconds=sum(run.evaluating.seconds.values()),
         phases=dict(phases),
     )
     record.peak_memory_bytes = peak_memory(device)
     if seconds > 0:
-        record.examples_per_second = state.examples / seconds
-        record.tokens_per_second = state.tokens / seconds
+        record.examples_per_second = run.examples / seconds
+        record.tokens_per_second = run.tokens / seconds
     if failure is None:
-        record.parameters = state.arm.parameters()
-        record.matrices = state.arm.report()
+        record.parameters = run.state.parameters()
+        record.matrices = run.state.matrix_rows(fisher)
     return record

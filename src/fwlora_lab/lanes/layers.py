@@ -1,0 +1,185 @@
+"""The encoder's layers and the classification head as they run over packed lanes."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Collection, Sequence
+from functools import partial
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+from transformers import PreTrainedModel
+
+from fwlora_lab.lanes.adapted_linear import LinearGroup, adapted_linear
+from fwlora_lab.lanes.attention import PACKED_ATTENTION, attention
+from fwlora_lab.lanes.dropout import add_dropped
+from fwlora_lab.lanes.pass_context import PassContext
+from fwlora_lab.lanes.settings import BERT_HEADS, ROBERTA_HEADS
+
+
+class LaneLinear(nn.Module):
+    """Frozen Linears of one input and equal width as one product, with one adapter a lane on those that are targets.
+
+    `y_e = x_e Wᵀ + bias`, and in a target's columns `+ s_e (x_e A_eᵀ) B_eᵀ`.
+    """
+
+    def __init__(
+        self, model: PreTrainedModel, names: Sequence[str], targets: Collection[str], per_sentence: bool = False
+    ) -> None:
+        """names: the Linears in `model`; per_sentence: x will be [E, b, d_in], one row a sentence, not [E, N, d_in]."""
+        super().__init__()
+        linears = [cast(nn.Linear, model.get_submodule(name)) for name in names]
+        self.weight, self.bias = linears[0].weight, linears[0].bias
+        if len(linears) > 1:
+            self.weight = nn.Parameter(torch.cat([linear.weight for linear in linears]), False)
+            self.bias = nn.Parameter(torch.cat([linear.bias for linear in linears]), False)
+        width = linears[0].out_features
+        columns = [slice(i * width, (i + 1) * width) for i in range(len(names))]
+        adapted = tuple((name, own) for name, own in zip(names, columns, strict=True) if name in targets)
+        self.group = LinearGroup(tuple(names), width, adapted, per_sentence)
+
+    def forward(self, x: Tensor, context: PassContext) -> Tensor:
+        group = self.group
+        if not group.adapted:
+            return functional.linear(x, self.weight, self.bias)
+        adapters = [context.adapter(name, columns) for name, columns in group.adapted]
+        masks = [context.adapter_mask(x, group.per_sentence) for _ in adapters]
+        capture = None if context.capture is None else context.capture.hook(group, x)
+        return adapted_linear(x, context.grad_anchor, self.weight, self.bias, adapters, masks, capture)
+
+
+class LaneLayer(nn.Module):
+    """A layer of BERT or RoBERTa over packed lanes: [E, N, d] -> [E, N, d].
+
+    The classifier reads only each sentence's first token from the last layer. So the last layer takes its keys and
+    values from all tokens and computes the rest for first tokens only: [E, N, d] -> [E, b, d].
+    """
+
+    def __init__(
+        self, model: PreTrainedModel, name: str, targets: Collection[str], input_dropout: float, last: bool
+    ) -> None:
+        """input_dropout: rate for the layer's input, which is the embeddings' dropout at the first layer, else 0."""
+        super().__init__()
+        layer: Any = model.get_submodule(name)
+        own = layer.attention.self
+        self.heads, self.scaling, self.last = own.num_attention_heads, own.scaling, last
+        self.input_dropout, self.attention_dropout = input_dropout, own.dropout.p
+        self.projection_dropout, self.output_dropout = layer.attention.output.dropout.p, layer.output.dropout.p
+        query, *others = (f"{name}.attention.self.{n}" for n in ("query", "key", "value"))
+
+        def linear(names: Sequence[str], per_sentence: bool) -> LaneLinear:
+            return LaneLinear(model, names, targets, per_sentence)
+
+        self.first_query = linear([query], True) if last else None
+        self.inputs = linear(others if last else [query, *others], False)
+        self.projection = linear([f"{name}.attention.output.dense"], last)
+        self.intermediate = linear([f"{name}.intermediate.dense"], last)
+        self.output = linear([f"{name}.output.dense"], last)
+        self.activation = layer.intermediate.intermediate_act_fn
+        self.attention_norm, self.output_norm = layer.attention.output.LayerNorm, layer.output.LayerNorm
+
+    def linears(self) -> list[LaneLinear]:
+        """Its matrices, in the order in which a pass uses them."""
+        found = [self.first_query, self.inputs, self.projection, self.intermediate, self.output]
+        return [linear for linear in found if linear is not None]
+
+    def forward(self, x: Tensor, *_: Any, context: PassContext, **__: Any) -> Tensor:
+        packed = context.packed
+        mask = context.hidden_mask(x, self.input_dropout)
+        if mask is not None:
+            x = x * mask
+        tokens, queries = self.inputs(x, context), None
+        if self.first_query is not None:
+            first = packed.first_token
+            x = x.flatten(0, 1).index_select(0, first.flatten()).view(*first.shape, -1)
+            queries = self.first_query(x, context)
+        attention_mask = None
+        if context.rng is not None and self.attention_dropout > 0.0:
+            attention_mask = partial(context.attention_mask, p=self.attention_dropout)
+        attended = attention(tokens, queries, packed, self.heads, self.scaling, attention_mask)
+        y = self.projection(attended, context)
+        x = self.attention_norm(add_dropped(x, y, context.hidden_mask(y, self.projection_dropout, self.last)))
+        y = self.output(self.activation(self.intermediate(x, context)), context)
+        return self.output_norm(add_dropped(x, y, context.hidden_mask(y, self.output_dropout, self.last)))
+
+
+class LaneHead:
+    """A classifier's head on each sentence's first token, one a lane: x [E, b, d] -> logits [E, b, classes].
+
+    Its parameters are the lanes' own and trained in full: `shapes` has them by their name in the model.
+    """
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        kind = model.config.model_type
+        # A step is the name of a Linear, the rate of a dropout, or a function.
+        self.steps: list[str | float | Callable[[Tensor], Tensor]]
+        if kind in ROBERTA_HEADS:
+            rate = _dropout_rate(model, "classifier.dropout")
+            self.steps = [rate, "classifier.dense", torch.tanh, rate, "classifier.out_proj"]
+        elif kind in BERT_HEADS:
+            self.steps = ["bert.pooler.dense", torch.tanh, _dropout_rate(model, "dropout"), "classifier"]
+        else:
+            raise TypeError(f"The lane engine does not support {kind}")
+        self.shapes: dict[str, torch.Size] = {
+            f"{step}.{name}": parameter.shape
+            for step in self.steps
+            if isinstance(step, str)
+            for name, parameter in model.get_submodule(step).named_parameters()
+        }
+
+    def __call__(self, x: Tensor, context: PassContext) -> Tensor:
+        for step in self.steps:
+            if isinstance(step, str):
+                values = context.buffers.head_values
+                weight, bias = (context.rows(values[f"{step}.{name}"]) for name in ("weight", "bias"))
+                x = torch.baddbmm(bias[:, None], x, weight.mT)
+            elif callable(step):
+                x = step(x)
+            else:
+                mask = context.hidden_mask(x, step, per_sentence=True)
+                x = x if mask is None else x * mask
+        return x
+
+
+def _dropout_rate(model: PreTrainedModel, name: str) -> float:
+    return cast(nn.Dropout, model.get_submodule(name)).p
+
+
+class LaneEncoder:
+    """A model's frozen encoder with its layers replaced by `LaneLayer`s: a packed batch -> first tokens [E, b, d]."""
+
+    def __init__(self, model: PreTrainedModel, targets: Collection[str]) -> None:
+        """Takes over the encoder of `model`.
+
+        Raises:
+            TypeError: a target is not a Linear of an encoder layer.
+        """
+        self._encoder: Any = model.base_model
+        # The encoder's own copy, because other models may be built from the same config.
+        self._encoder.config = copy.copy(self._encoder.config)
+        self._encoder.config._attn_implementation = PACKED_ATTENTION
+        layers = cast(nn.ModuleList, self._encoder.get_submodule("encoder.layer"))
+        embeddings = self._encoder.get_submodule("embeddings")
+        rate = cast(nn.Dropout, embeddings.dropout).p
+        # The embeddings are called without the pass's context, so their dropout is left to the first layer.
+        embeddings.dropout = nn.Identity()
+        self.groups: list[LinearGroup] = []  # the products with a target, in the order of the layers
+        for i in range(len(layers)):
+            name = f"{model.base_model_prefix}.encoder.layer.{i}"
+            layer = LaneLayer(model, name, targets, input_dropout=0.0 if i else rate, last=i == len(layers) - 1)
+            self.groups += [linear.group for linear in layer.linears() if linear.group.adapted]
+            layers[i] = layer
+        if missing := set(targets) - {name for group in self.groups for name, _ in group.adapted}:
+            raise TypeError(f"{min(missing)} is not a matrix of an encoder layer")
+        # RoBERTa-style models count positions from padding_idx + 1.
+        table: Any = getattr(embeddings, "position_embeddings", None)
+        self._first_position = 0 if table is None or table.padding_idx is None else table.padding_idx + 1
+
+    def __call__(self, context: PassContext) -> Tensor:
+        packed = context.packed
+        inputs = {"input_ids": packed.tokens, "position_ids": packed.positions + self._first_position}
+        if packed.types is not None:
+            inputs["token_type_ids"] = packed.types
+        return self._encoder(**inputs, context=context).last_hidden_state

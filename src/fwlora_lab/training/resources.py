@@ -1,0 +1,139 @@
+"""Data, tokens and encoders that runs share, each loaded once."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+
+from fwlora_lab.catalog.tasks import TaskSpec
+from fwlora_lab.config.checks import check_warmup, warnings_of
+from fwlora_lab.config.schema import DatasetConfig, ModelConfig, RunConfig
+from fwlora_lab.data.load import load_task
+from fwlora_lab.data.task import TaskData
+from fwlora_lab.data.tokens import TokenTable, tokenize
+from fwlora_lab.errors import UserError
+from fwlora_lab.lanes.settings import supports
+from fwlora_lab.models.adapter_plan import plan_adapters
+from fwlora_lab.models.backbones import Backbone, load_backbone
+from fwlora_lab.models.classifier import ClassifierSkeleton
+from fwlora_lab.models.methods import parts_of
+from fwlora_lab.records.folder import RunDir
+from fwlora_lab.training.device import in_bf16
+from fwlora_lab.training.jobs import Job, RunSpec, steps_per_epoch
+
+
+@dataclass
+class ResourceCache:
+    """What runs share. Make one and pass it to every call that trains: nothing is then read twice.
+
+    device: where the runs train.
+    """
+
+    device: torch.device
+    _tasks: dict[str, TaskData] = field(default_factory=dict)
+    _backbones: dict[str, Backbone] = field(default_factory=dict)
+    _tables: dict[tuple[str, str, str], TokenTable] = field(default_factory=dict)
+    _skeletons: dict[tuple[str, TaskSpec], ClassifierSkeleton] = field(default_factory=dict)
+
+    def task(self, dataset: DatasetConfig) -> TaskData:
+        """The data set, read at its first use."""
+        key = dataset.model_dump_json()
+        if key not in self._tasks:
+            self._tasks[key] = load_task(dataset)
+        return self._tasks[key]
+
+    def backbone(self, model: ModelConfig) -> Backbone:
+        """The encoder's config and tokenizer, read at their first use."""
+        key = _backbone_key(model)
+        if key not in self._backbones:
+            self._backbones[key] = load_backbone(model)
+        return self._backbones[key]
+
+    def skeleton(self, job: Job) -> ClassifierSkeleton:
+        """The job's classifier without its frozen weights."""
+        key = (_backbone_key(job.cfg.model), job.spec)
+        if key not in self._skeletons:
+            self._skeletons[key] = ClassifierSkeleton(job.backbone, job.spec)
+        return self._skeletons[key]
+
+    def tokens(self, cfg: RunConfig, split: str) -> TokenTable:
+        """The split's examples as tokens of the config's encoder.
+
+        Raises:
+            UserError: the encoder reads fewer tokens than dataset.max_length, or the split is empty.
+        """
+        data, backbone = self.task(cfg.dataset), self.backbone(cfg.model)
+        if cfg.dataset.max_length > backbone.max_tokens:
+            raise UserError(
+                f"dataset.max_length={cfg.dataset.max_length} is more than the "
+                f"{backbone.max_tokens} tokens that {backbone.name} can read. "
+                f"Set dataset.max_length={backbone.max_tokens} or less."
+            )
+        examples = getattr(data, split)
+        if not len(examples):
+            raise UserError(
+                f"training.evaluate_on={split} needs a {split} split, and it is empty. "
+                "Set dataset.validation_fraction above 0, or training.evaluate_on=dev."
+                if split == "validation"
+                else f"the {split} split of {data.source} is empty."
+            )
+        key = (cfg.dataset.model_dump_json(), _backbone_key(cfg.model), split)
+        if key not in self._tables:
+            settings = cfg.dataset
+            self._tables[key] = tokenize(examples, backbone.tokenizer, settings.max_length, settings.truncation)
+        return self._tables[key]
+
+    def job(self, run: RunSpec) -> Job:
+        """The run with all that it needs.
+
+        Raises:
+            UserError: it cannot be trained as it is configured.
+        """
+        training = run.cfg.training.model_copy(update={"seed": run.seed})
+        cfg = run.cfg.model_copy(update={"training": training})
+        data, backbone = self.task(cfg.dataset), self.backbone(cfg.model)
+        train, evaluation = (self.tokens(cfg, split) for split in ("train", cfg.training.evaluate_on))
+        total_steps = cfg.training.epochs * steps_per_epoch(cfg, len(data.train))
+        check_warmup(cfg, total_steps, len(data.train))
+        plan = plan_adapters(cfg, backbone, total_steps)
+        notes = [*warnings_of(cfg), *plan.warnings]
+        if cfg.training.mixed_precision == "bf16" and not in_bf16(cfg, self.device):
+            notes.append("training.mixed_precision=bf16: this CPU has no instructions for it; the run trains in fp32.")
+        missing = _missing_in_lanes(cfg, backbone)
+        lanes = cfg.training.engine == "lanes" and missing is None
+        if lanes and cfg.dataset.padding == "max_length":
+            notes.append(
+                "dataset.padding=max_length changes nothing here: lanes compute true tokens only. "
+                "Set training.engine=peft to pad."
+            )
+        if cfg.training.engine == "lanes" and not lanes:
+            notes.append(
+                f"training.engine=lanes does not know {missing}: the run trains with PEFT's layers "
+                "and padded batches, one model a run."
+            )
+        return Job(
+            cfg=cfg,
+            data=data,
+            backbone=backbone,
+            train=train,
+            evaluation=evaluation,
+            plan=plan,
+            total_steps=total_steps,
+            engine="lanes" if lanes else "peft",
+            folder=RunDir(cfg.results_dir, cfg.run_id, run.seed),
+            warnings=tuple(notes),
+        )
+
+
+def _backbone_key(model: ModelConfig) -> str:
+    return f"{model.pretrained_id}@{model.revision}"
+
+
+def _missing_in_lanes(cfg: RunConfig, backbone: Backbone) -> str | None:
+    """What of the run the lane engine does not know; None where it can train the run."""
+    if not supports(backbone.config):
+        return backbone.config.model_type
+    if not parts_of(cfg.method_name).lanes:
+        return f"the method {cfg.method_name}"
+    return None
