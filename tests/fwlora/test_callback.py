@@ -5,6 +5,8 @@ pytest tests/fwlora/test_callback.py
 
 from __future__ import annotations
 
+from typing import Any, cast
+
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
@@ -67,7 +69,7 @@ def train(folder, model, callback, **more):
         save_steps=1000,
     )
     args = TrainingArguments(**{**settings, **more})
-    trainer = InOrder(model, args, train_dataset=rows(), callbacks=[callback])
+    trainer = InOrder(model, args, train_dataset=cast(Any, rows()), callbacks=[callback])
     return trainer
 
 

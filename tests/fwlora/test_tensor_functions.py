@@ -206,7 +206,7 @@ def test_penalty_over_mixed_shapes(norm):
     assert sorted(len(s.index) for s in whole.stacks) == [1, 1, 2]
     coefficients = [c[s.index] for s in whole.stacks]
     terms = [(b @ a).square().sum() if norm == "update" else a.square().sum() + b.square().sum() for a, b in pairs]
-    total = sum(ci * t for ci, t in zip(c, terms, strict=True))
+    total = sum((ci * t for ci, t in zip(c, terms, strict=True)), torch.zeros((), dtype=F64))
     exact_close(whole.value(coefficients), total.detach())
     want = torch.autograd.grad(total, [f for pair in pairs for f in pair])
     for got, expected in zip(whole.gradient(coefficients), want, strict=True):

@@ -19,7 +19,7 @@ import numpy as np
 import pytest
 import torch
 from hub_server import HubServer, serve_dataset
-from transformers import BertTokenizerFast
+from transformers import BertTokenizerFast  # type: ignore[attr-defined]
 
 from fwlora_lab.catalog.tasks import GLUE, GLUE_REPOSITORY, GLUE_REVISION
 from fwlora_lab.config.schema import DatasetConfig
