@@ -30,7 +30,7 @@ def run_planned(plan: PlannedStudy, workers: int) -> int:
     from fwlora_lab.report.page import write_report
     from fwlora_lab.study.run import run_study
 
-    records = run_study(plan, workers)
+    records = run_study(plan, workers=workers)
     print(f"the page: {write_report(plan.results_dir)}")
     return report_failures(records)
 
@@ -43,25 +43,18 @@ def study_words(arguments: Arguments) -> list[str]:
 
 def _run(arguments: Arguments) -> int:
     workers = arguments.whole_number("workers", 1)
-    from fwlora_lab.study.plan import plan_study, read_words
+    from fwlora_lab.study.plan import parse_request, plan_study
 
-    plan = plan_study(read_words(study_words(arguments)))
+    plan = plan_study(parse_request(study_words(arguments)))
     return _dry_run(plan) if arguments.switch("dry_run") else run_planned(plan, workers)
 
 
 def _dry_run(plan: PlannedStudy) -> int:
     """List the runs and estimate their time."""
-    from fwlora_lab.study.estimate import estimate
+    from fwlora_lab.study.estimate import dry_run_lines
 
-    width = max(len(cell.name) for cell in plan.cells)
-    total = 0.0
-    for row in estimate(plan):
-        tuning = f"{row.trials} trials, " if row.trials else ""
-        there = f" ({row.done} are there)" if row.done else ""
-        print(f"{row.cell.name:{width}}  {tuning}{row.runs} runs{there}: about {row.seconds / 60:.1f} min", flush=True)
-        total += row.seconds
-    seeds = ", ".join(map(str, plan.seeds))
-    print(f"about {total / 60:.0f} minutes in one process, seeds {seeds}; nothing was trained")
+    for line in dry_run_lines(plan):
+        print(line, flush=True)
     return 0
 
 
