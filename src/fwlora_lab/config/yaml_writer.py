@@ -54,3 +54,9 @@ def plain_values(cfg: RunConfig) -> dict[str, Any]:
 def to_yaml(cfg: RunConfig) -> str:
     """The complete config as YAML; reading it back gives an equal config."""
     return yaml.dump(plain_values(cfg), Dumper=Writer, sort_keys=False, allow_unicode=True, width=1_000_000)
+
+
+def yaml_scalar(value: Any) -> str:
+    """One value, or a list of values, in one line of YAML."""
+    text = yaml.dump(value, Dumper=Writer, default_flow_style=True, allow_unicode=True, width=1_000_000)
+    return text.removesuffix("\n").removesuffix("\n...")

@@ -22,8 +22,9 @@ from fwlora_lab.config.keys import get_key
 from fwlora_lab.config.load import validate_file
 from fwlora_lab.config.schema import RunConfig
 from fwlora_lab.config.tree import available_runs, find_run
-from fwlora_lab.design.generate import _in_line, generate, generate_configs
-from fwlora_lab.design.names import arm_of, slug, subset_of
+from fwlora_lab.config.yaml_writer import yaml_scalar
+from fwlora_lab.design.generate import generate, generate_configs
+from fwlora_lab.design.names import method_in, slug, subset_of
 from fwlora_lab.design.read import read_request
 from fwlora_lab.design.request import DesignRequest
 from fwlora_lab.design.schema import ExperimentDesign
@@ -114,7 +115,7 @@ def test_faults_of_ranges_are_said():
 
 
 def test_names_of_methods_data_and_runs():
-    for text, arm in {
+    for text, method in {
         "FW-LoRA": "fw_lora",
         "Fisher-Weighted LoRA (FW-LoRA)": "fw_lora",
         "proposed_fw_lora": "fw_lora",
@@ -127,7 +128,7 @@ def test_names_of_methods_data_and_runs():
         "LoRA+": None,
         "FW-LoRA without warm-up": None,
     }.items():
-        assert arm_of(text) == arm, text
+        assert method_in(text) == method, text
     for text, subset in {"SST-2 (GLUE)": "sst2", "GLUE (CoLA)": "cola", "glue/mrpc": "mrpc", "imdb": None}.items():
         assert subset_of(text) == subset
     assert slug(["proposed", "roberta-base (110M)", "SST-2 (GLUE)"]) == PROPOSED
@@ -307,7 +308,13 @@ def test_loaders_read_the_same_values():
 
 
 def test_values_that_are_equal_in_python_keep_their_yaml():
-    assert [_in_line(v) for v in (1, 1.0, True, [1, 2], [1.0, True])] == ["1", "1.0", "true", "[1, 2]", "[1.0, true]"]
+    assert [yaml_scalar(v) for v in (1, 1.0, True, [1, 2], [1.0, True])] == [
+        "1",
+        "1.0",
+        "true",
+        "[1, 2]",
+        "[1.0, true]",
+    ]
 
 
 def test_comments_cannot_break_out_of_their_line():
@@ -377,7 +384,7 @@ def test_each_contradiction_is_named_with_both_places(changes, kind, words):
     found = [c for c in generate_configs(design(**changes)).contradictions if c.kind == kind]
     assert any(words in c.text for c in found), generate_configs(design(**changes)).contradictions
     for c in found:
-        assert len(c.places) == 2 and all(c.places) and c.places[0] != c.places[1]
+        assert len(c.places) == 2 and all(map(str, c.places)) and c.places[0] != c.places[1]
 
 
 # --- the request itself ------------------------------------------------------------------------

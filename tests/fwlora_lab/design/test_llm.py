@@ -19,7 +19,7 @@ import pytest
 import yaml
 
 from fwlora_lab.cli.main import main
-from fwlora_lab.design import llm
+from fwlora_lab.design import chat_server
 
 KEY = "sk-the-key-of-this-test"
 PROSE = """\
@@ -98,7 +98,7 @@ def server(monkeypatch) -> Iterator[Server]:
     monkeypatch.setenv("OPENAI_API_KEY", KEY)
     for name in ("http_proxy", "HTTP_PROXY", "ALL_PROXY", "all_proxy", "OPENAI_BASE_URL"):
         monkeypatch.delenv(name, raising=False)
-    monkeypatch.setattr(llm, "SECONDS_OF_SILENCE", 5.0)
+    monkeypatch.setattr(chat_server, "SECONDS_OF_SILENCE", 5.0)
     made = Server()
     yield made
     made.http.shutdown()
@@ -222,7 +222,7 @@ def test_faults_are_fed_back_and_mended(run, server):
     assert code == 0 and len(server.seen) == 3
     second, third = (request["messages"] for request in server.seen[1:])
     assert second[-2] == {"role": "assistant", "content": "not JSON"} and "is not JSON" in second[-1]["content"]
-    assert "'imdb' is no data set known here" in third[-1]["content"]
+    assert "'imdb' is not a known data set" in third[-1]["content"]
     assert told.count("was refused") == 2
 
 
@@ -242,7 +242,7 @@ HOSTILE = {
     "a result folder": ({"settings": {"results_dir": "/tmp"}}, "results_dir: may not be filled"),
     "a wrong type": ({"settings": {"warmup_ratio": "three"}}, "warmup_ratio"),
     "no number": ('{"settings": {"learning_rate": NaN}}', "NaN"),
-    "twice": ('{"settings": {}, "settings": {}}', "stands twice"),
+    "twice": ('{"settings": {}, "settings": {}}', "duplicate key 'settings'"),
     "depth": ('{"settings": ' + "[" * 5000 + "]" * 5000 + "}", "nested too deeply"),
     "a list": ([1, 2], "the answer: must be a block of keys"),
     "nothing": (None, "is not JSON"),
@@ -338,7 +338,7 @@ def _headers(handler) -> None:
     ],
 )
 def test_servers_that_misbehave_end_in_one_message(run, server, monkeypatch, answer, words):
-    monkeypatch.setattr(llm, "SECONDS_FOR_AN_ANSWER", 2.0)
+    monkeypatch.setattr(chat_server, "SECONDS_FOR_AN_ANSWER", 2.0)
     start = time.monotonic()
     code, told, _ = run(DESIGN, answer)
     assert code == 2 and words in told and len(told.splitlines()) == 1
@@ -347,7 +347,7 @@ def test_servers_that_misbehave_end_in_one_message(run, server, monkeypatch, ans
 
 def test_a_server_that_is_not_there(run, server, monkeypatch):
     server.http.server_close()
-    monkeypatch.setattr(llm, "SECONDS_FOR_AN_ANSWER", 20.0)
+    monkeypatch.setattr(chat_server, "SECONDS_FOR_AN_ANSWER", 20.0)
     code, told, _ = run(DESIGN, {})
     assert code == 2 and "did not answer" in told
 

@@ -66,7 +66,7 @@ def test_a_design_file_in_yaml_and_in_json_is_the_same(tmp_path):
     design = request.design
     assert design.comparative_methods[0] == "LoRA"
     assert design.comparative_methods[1].n_trials == 7
-    assert request.place("comparative_methods.1.n_trials", 7) == (
+    assert str(request.locate("comparative_methods.1.n_trials", 7)) == (
         f"{tmp_path / 'd.yaml'}:3: comparative_methods[1].n_trials: 7"
     )
     data = design.model_dump(exclude_unset=True)
@@ -98,9 +98,9 @@ def test_the_prompt_text(tmp_path):
         "runs.0.dataset": "Dataset: ",
         "example:proposed-x.method": "run_config_yaml",
     }.items():
-        line = int(request.place(key).split(":")[1])
+        line = int(str(request.locate(key)).split(":")[1])
         assert part in lines[line - 1], key
-    assert request.place("models.0", "x").endswith("Experimental Design: models_to_use[0]: x")
+    assert str(request.locate("models.0", "x")).endswith("Experimental Design: models_to_use[0]: x")
 
 
 OLD = {
@@ -210,7 +210,7 @@ def test_the_prompt_of_the_second_generation(tmp_path):
     }
     assert type(spaces["warmup_steps"]["low"]) is int
     assert (compared.name, compared.settings, compared.hyperparameters_to_search) == ("LoRA", {}, {})
-    assert request.place("hypothesis.method").split(":")[1:] == ["2", " Research Hypothesis.method"]
+    assert str(request.locate("hypothesis.method")).split(":")[1:] == ["2", " Research Hypothesis.method"]
 
 
 def test_runs_as_printed_objects_and_without_what_the_design_has_once(tmp_path):
