@@ -785,7 +785,7 @@ def test_former_names_are_read_with_one_warning_each():
         lambda_fw=0.2, warmup=7, fisher_alpha=0.5, every=2, start=1, clip=3.0, coupling="decoupled", norm="factors"
     )
     with pytest.warns(FutureWarning) as caught:
-        config = FWLoraConfig(**old, averaging="share", weighting="share")
+        config = FWLoraConfig(**old, averaging="share", weighting="share")  # type: ignore[arg-type]
     assert len(caught) == len(old) + 2
     new: dict[str, Any] = dict(
         penalty_strength=0.2, warmup_steps=7, fisher_ema_decay=0.5, fisher_interval=2, fisher_start=1

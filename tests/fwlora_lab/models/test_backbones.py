@@ -37,7 +37,7 @@ from transformers import (
 )
 
 from fwlora_lab.catalog.tasks import TaskSpec
-from fwlora_lab.cli.doctor import doctor_lines
+from fwlora_lab.cli.doctor_lines import doctor_lines
 from fwlora_lab.config.schema import ModelConfig
 from fwlora_lab.errors import UserError
 from fwlora_lab.models.backbones import load_backbone
