@@ -12,6 +12,7 @@ import re
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import fake_study
 import pytest
@@ -54,7 +55,7 @@ def folder(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def browser(tmp_path_factory) -> Iterator[webdriver.Chrome]:
+def browser(tmp_path_factory) -> Iterator[Any]:
     options = webdriver.ChromeOptions()
     options.binary_location = str(CHROMIUM)
     for flag in [*FLAGS, f"--user-data-dir={tmp_path_factory.mktemp('profile')}"]:
@@ -67,7 +68,7 @@ def browser(tmp_path_factory) -> Iterator[webdriver.Chrome]:
 
 
 @pytest.fixture
-def page(browser, folder) -> webdriver.Chrome:
+def page(browser, folder) -> Any:
     look(browser, 1440, "light")
     browser.get((folder / "report.html").as_uri())
     return browser
@@ -88,7 +89,8 @@ def open_all(page) -> None:
 
 
 def test_nothing_is_requested_and_the_console_is_silent(page, folder):
-    page.get_log("browser"), page.get_log("performance")
+    page.get_log("browser")
+    page.get_log("performance")
     page.refresh()
     open_all(page)
     for width, scheme in ((360, "dark"), (1440, "light")):
