@@ -8,9 +8,10 @@ from pathlib import Path
 
 import numpy as np
 
+
+from fwlora.config import warmup_in_steps
 from fwlora_lab.analysis.resampling import Predictions, can_be_resampled
 from fwlora_lab.analysis.statistics import Scores
-from fwlora_lab.config.schema import warmup_length
 from fwlora_lab.errors import UserError
 from fwlora_lab.records.folder import RunFolder, load_predictions
 from fwlora_lab.records.record import Record
@@ -80,7 +81,7 @@ def _seconds(record: Record) -> dict[str, float]:
     }
     warmup_steps = 0
     if times.warmup_seconds > 0:
-        warmup_steps = warmup_length(record.config["fw_lora"]["warmup_steps"], record.total_steps)
+        warmup_steps = warmup_in_steps(record.config["fw_lora"]["warmup_steps"], record.total_steps)
     if 0 <= warmup_steps < record.steps:
         steady_step = times.steady_seconds / (record.steps - warmup_steps)
         seconds["steady_step_seconds"] = steady_step

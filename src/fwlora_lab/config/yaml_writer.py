@@ -71,3 +71,9 @@ def yaml_with_comments(text: str, comments: Mapping[str, str]) -> str:
         lines.append((line, comments.get(".".join(path), "")))
     column = min(max(len(line) for line, comment in lines if comment), 44)
     return "".join(f"{line:<{column}}  # {comment}\n" if comment else f"{line}\n" for line, comment in lines)
+
+
+def yaml_scalar(value: Any) -> str:
+    """One value, or a list of values, in one line of YAML."""
+    text = yaml.dump(value, Dumper=Writer, default_flow_style=True, allow_unicode=True, width=1_000_000)
+    return text.removesuffix("\n").removesuffix("\n...")

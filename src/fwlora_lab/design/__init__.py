@@ -1,1 +1,1 @@
-"""From a written request or a design file to run configs, with its contradictions named."""
+"""From a written request or a design file to run configs, and the contradictions found on the way."""

@@ -1,18 +1,29 @@
-"""TODO"""
+"""Reads AIRAS research histories, of both generations of its format, as designs."""
 
 from __future__ import annotations
 
 import json
 import re
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from dataclasses import dataclass
+from typing import Any
 
+from fwlora_lab.design.examples import named_dimensions
 from fwlora_lab.design.parse import read_yaml
 from fwlora_lab.design.schema import Hypothesis
 
 
-class Airas(NamedTuple):
-    """The parts of a research history that say what to run."""
+@dataclass(frozen=True)
+class Airas:
+    """The parts of a research history that say what to run.
+
+    Args:
+        design: its `experimental_design`.
+        runs: its `experiment_runs`.
+        hypothesis: a text, or a dict of texts.
+        method: the method in prose.
+        environment: the machine in prose.
+    """
 
     design: Mapping[str, Any]
     runs: list[Any]
@@ -22,7 +33,10 @@ class Airas(NamedTuple):
 
 
 def airas_part(data: Any) -> Airas | None:
-    """The part with `experimental_design`: at the top, under `new_method`, or in the last iteration or cycle."""
+    """The part of a history that holds `experimental_design`; None if the data are not a history.
+
+    It is at the top, under `new_method`, or in the last iteration or cycle.
+    """
     if not isinstance(data, dict):
         return None
     around: list[Any] = [data, data.get("new_method")]
@@ -35,8 +49,9 @@ def airas_part(data: Any) -> Airas | None:
         design = part.get("experimental_design") if isinstance(part, dict) else None
         if isinstance(design, dict):
             runs = next((r for r in (part.get("experiment_runs"), design.get("experiment_runs")) if r), [])
-            beside = (part, data, session if isinstance(session, dict) else {})
-            hypothesis = next((b[k] for b in beside for k in ("research_hypothesis", "hypothesis") if b.get(k)), None)
+            holders = (part, data, session if isinstance(session, dict) else {})
+            names = ("research_hypothesis", "hypothesis")
+            hypothesis = next((h[name] for h in holders for name in names if h.get(name)), None)
             method = part.get("method")
             return Airas(
                 design,
@@ -49,7 +64,7 @@ def airas_part(data: Any) -> Airas | None:
 
 
 def environment_of(design: Mapping[str, Any]) -> str | None:
-    """The machine, which the second generation describes inside the design."""
+    """The machine, which histories of the second generation describe inside the design."""
     machine = design.get("runner_config") or design.get("compute_environment")
     return json.dumps(machine, ensure_ascii=False) if machine else None
 
@@ -63,8 +78,7 @@ AIRAS_NAMES = {
     "evaluation_metrics": "metrics",
     "hyperparameters_to_search": "hyperparameters_to_search",
 }
-# Their names of settings that are called otherwise here. Theirs warms the learning rate up; ours, under the same name,
-# is FW-LoRA's K.
+# AIRAS' names of settings -> the names here. Its warmup_steps warm up the learning rate; here that name is FW-LoRA's K.
 _AIRAS_SETTINGS = {
     "warmup_steps": "training.warmup_steps",
     "gradient_clip": "max_grad_norm",
@@ -74,7 +88,7 @@ AIRAS_RUN = {"run_id": "run_id", "method_name": "method", "model_name": "model",
 
 
 def from_airas(found: Airas, prefix: str) -> tuple[dict[str, Any], dict[str, str]]:
-    """A design as plain values, and the AIRAS spelling of its keys."""
+    """A design as plain values, and AIRAS' spelling of its keys, which begins with `prefix`."""
     plain: dict[str, Any] = {}
     spelling: dict[str, str] = {}
     for theirs, ours in AIRAS_NAMES.items():
@@ -131,25 +145,6 @@ def _airas_method(method: dict[str, Any]) -> dict[str, Any]:
         if optuna.get("n_trials"):
             plain["n_trials"] = optuna["n_trials"]
     return plain
-
-
-def named_dimensions(spaces: Any) -> dict[str, dict[str, Any]]:
-    """The list `[{param_name, distribution_type, low, …}]` as dimensions by name.
-
-    AIRAS holds low and high as floats also for an int dimension: 300.0 is 300 there.
-    """
-    found = {}
-    for given in spaces if isinstance(spaces, list) else ():
-        if isinstance(given, dict):
-            kind = given.get("distribution_type")
-            found[str(given.get("param_name"))] = {
-                "type" if key == "distribution_type" else key: int(value)
-                if kind == "int" and isinstance(value, float) and value.is_integer()
-                else value
-                for key, value in given.items()
-                if key != "param_name" and value is not None
-            }
-    return found
 
 
 def run_configs_of(found: Airas, where: str) -> dict[str, dict[str, Any]]:

@@ -9,11 +9,7 @@ example output, stays. What is refused goes back to the model with the reasons, 
 from __future__ import annotations
 
 import json
-import os
-import queue
 import sys
-import threading
-from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -26,23 +22,24 @@ from fwlora_lab.config.block import Block
 from fwlora_lab.config.issues import issues_of
 from fwlora_lab.config.keys import LEAVES, search_key
 from fwlora_lab.config.schema import Positive
-from fwlora_lab.design.contradictions import find_contradictions
+from fwlora_lab.design.chat_server import ChatServer
+from fwlora_lab.design.contradictions.contradiction import Contradiction
+from fwlora_lab.design.contradictions.find import find_contradictions
 from fwlora_lab.design.names import plain
 from fwlora_lab.design.parse import read_json
-from fwlora_lab.design.plan import DesignPlan
+from fwlora_lab.design.plan import DesignPlan, plan_design
 from fwlora_lab.design.prose import texts
 from fwlora_lab.design.read import read_request
 from fwlora_lab.design.request import DesignRequest
+from fwlora_lab.design.run_config import to_run_config
 from fwlora_lab.design.schema import ExperimentDesign, Name, Percent, Setting, SpaceText
 from fwlora_lab.errors import UserError
 from fwlora_lab.text import listing, one_line
 
-FEEDBACKS = 2
-SECONDS_OF_SILENCE = 60.0
-SECONDS_FOR_AN_ANSWER = 300.0
-MAX_BYTES = 1_000_000
+MAX_ATTEMPTS = 3
 MAX_PROSE = 50_000  # characters that are sent of each text
 _NAMED = ("proposed_method", "comparative_methods", "models", "datasets", "metrics")
+# What an answer may set: hyper-parameters, but no paths, ids or addresses.
 _KEYS = [
     key
     for key in LEAVES
@@ -82,54 +79,57 @@ The JSON Schema of the answer:
 
 
 def read_filled(source: str, model: str, base_url: str | None) -> DesignRequest:
-    """The request in `source`, its gaps filled by `model` as the server at `base_url` runs it.
+    """The request in `source`, its gaps filled by `model` of the server at `base_url`.
 
     Raises:
         UserError: the package or the key is missing, the server does not answer, or three answers were refused.
     """
-    ask = _server(model, base_url)
+    server = ChatServer(model, base_url)
     request = read_request(source, complete=False)
     design, prose = request.design, dict(texts(request))
-    # A sound source has its own contradictions, which are not the answer's; an incomplete one cannot be looked at yet.
-    whole = design.proposed_method and design.models and design.datasets
-    before = {c.text for c in _plan(request).found} if whole else None
+    # The contradictions of the source itself are no reason to refuse an answer. An incomplete design has no runs yet.
+    is_complete = design.proposed_method and design.models and design.datasets
+    known = {item.text for item in _check(request)[1]} if is_complete else None
     stated = design.model_dump(mode="json", exclude_unset=True, exclude={"hypothesis", "summary"})
     given = {"stated": stated, "prose": {key: text[:MAX_PROSE] for key, text in prose.items()}}
     messages = [
         {"role": "system", "content": _TASK},
         {"role": "user", "content": json.dumps(given, ensure_ascii=False)},
     ]
-    for _ in range(1 + FEEDBACKS):
-        text, cut = ask(messages)
+    for _ in range(MAX_ATTEMPTS):
+        answer = server.ask(messages)
         try:
-            if cut:
+            if answer.is_cut:
                 raise UserError("it was cut off at the server's limit of tokens: answer with less")
-            return _filled(request, model, text, before)
+            return _fill(request, model, answer.text, known)
         except UserError as error:
             fault = "\n".join(one_line(line, 400) for line in str(error).splitlines()[:30])
         print(f"fwlora: an answer of {one_line(model)} was refused: {fault}", file=sys.stderr)
         messages += [
-            {"role": "assistant", "content": text[:MAX_PROSE]},
+            {"role": "assistant", "content": answer.text[:MAX_PROSE]},
             {"role": "user", "content": f"This was refused:\n{fault}\nAnswer again, with the whole JSON object."},
         ]
     raise UserError(
-        f"{1 + FEEDBACKS} answers of {one_line(model)} were refused, for the reasons above; nothing was written. "
+        f"{MAX_ATTEMPTS} answers of {one_line(model)} were refused, for the reasons above; nothing was written. "
         f"State in {one_line(source)} what is missing, or leave out --llm."
     )
 
 
-def _plan(request: DesignRequest) -> DesignPlan:
-    """All configs and contradictions of a request; UserError for what cannot become run configs."""
-    plan = DesignPlan(request)
+def _check(request: DesignRequest) -> tuple[DesignPlan, list[Contradiction]]:
+    """The plan and the contradictions of a request; UserError for what cannot become run configs."""
+    plan = plan_design(request)
     for draft in plan.drafts:
-        plan.config(draft)
-    find_contradictions(plan)
-    return plan
+        to_run_config(request, draft)
+    return plan, find_contradictions(plan)
 
 
-def _filled(request: DesignRequest, model: str, text: str, before: set[str] | None) -> DesignRequest:
-    """The request with what an answer adds to it; UserError with the reasons to refuse the answer."""
-    filled, skipped = _gaps(request, _answer(text))
+def _fill(request: DesignRequest, model: str, text: str, known: set[str] | None) -> DesignRequest:
+    """The request with what an answer adds to it; UserError with the reasons to refuse the answer.
+
+    Args:
+        known: texts of the contradictions in the request itself; None for a request that is not complete.
+    """
+    filled, skipped = _gaps(request, _parse_answer(text))
     merged = request.design.model_dump(exclude_unset=True) | {k: v for k, v in filled.items() if k in _NAMED}
     merged = {key: value for key, value in merged.items() if value not in (None, [])}
     try:
@@ -137,45 +137,44 @@ def _filled(request: DesignRequest, model: str, text: str, before: set[str] | No
     except ValidationError as error:
         raise UserError(listing([str(issue) for issue in issues_of(error, merged)])) from None
     whole = replace(request, design=design, writer=model, filled=filled)
-    plan = _plan(whole)
-    mark = f"answer of {one_line(model)}: "
-    new = [c for c in plan.found if any(p.startswith(mark) for p in c.places) or c.text not in (before or {c.text})]
+    plan, found = _check(whole)
+    new = [
+        item
+        for item in found
+        if any(place.is_filled for place in item.places) or known is not None and item.text not in known
+    ]
     if new:
-        raise UserError(listing([str(c) for c in new]))
-    used = {value.place for draft in plan.drafts for value in draft.values.values()}
-    used |= {place for draft in plan.drafts for _, _, place in draft.search.values()}
+        raise UserError(listing([str(item) for item in new]))
+    used = {value.source_location for draft in plan.drafts for value in draft.values.values()}
+    used |= {entry.source_location for draft in plan.drafts for entry in draft.search.values()}
     skipped += [key for key in filled if "." in key and key not in used]
     kept = [one_line(key) for key in filled if key not in skipped]
     print(f"fwlora: {one_line(model)} filled {', '.join(kept) or 'nothing'}", file=sys.stderr)
     if skipped:
-        told = ", ".join(map(one_line, skipped))
         print(
-            f"fwlora: not taken from its answer, as the request says otherwise or no run reads it: {told}",
+            "fwlora: not taken from its answer, as the request says otherwise or no run reads it: "
+            f"{', '.join(map(one_line, skipped))}",
             file=sys.stderr,
         )
     return whole
 
 
-def _answer(text: str) -> Answer:
-    text = text.rpartition("</think>")[2]
-    found = read_json(text[text.find("{") : text.rfind("}") + 1] or text, "the answer")
+def _parse_answer(answer: str) -> Answer:
+    """The JSON object in an answer, which may be wrapped in words; UserError with its faults."""
+    after_thoughts = answer.rpartition("</think>")[2]
+    in_braces = after_thoughts[after_thoughts.find("{") : after_thoughts.rfind("}") + 1]
+    found = read_json(in_braces or after_thoughts, "the answer")
     try:
         return Answer.model_validate(found)
     except ValidationError as error:
         faults = issues_of(error, found)
-    raise UserError(
-        listing(
-            [
-                f"{one_line(fault.key or 'the answer')}: "
-                f"{'may not be filled' if fault.kind == 'unknown_key' else fault.text}"
-                for fault in faults
-            ]
-        )
-    )
+    messages = ["may not be filled" if fault.kind == "unknown_key" else fault.text for fault in faults]
+    keys = [one_line(fault.key or "the answer") for fault in faults]
+    raise UserError(listing([f"{key}: {message}" for key, message in zip(keys, messages, strict=True)]))
 
 
 def _gaps(request: DesignRequest, answer: Answer) -> tuple[dict[str, Any], list[str]]:
-    """What the answer says where the design says nothing, by key, and the keys of all else."""
+    """What the answer says where the design says nothing, by key; and the other keys of the answer."""
     design = request.design
     prose = plain(" ".join(text for _, text in texts(request)))
     foreign = [name for name in answer.models if name not in ENCODERS and plain(name) not in prose]
@@ -202,73 +201,8 @@ def _gaps(request: DesignRequest, answer: Answer) -> tuple[dict[str, Any], list[
 
 
 def _meaning(name: str) -> str:
+    """The key that a name means, or the name itself if it means none."""
     try:
         return search_key(name)
     except UserError:
         return name
-
-
-def _server(model: str, base_url: str | None) -> Callable[[list[Any]], tuple[str, bool]]:
-    """A function that sends messages and returns the answer's text, and whether it was cut off."""
-    try:
-        import openai
-    except ModuleNotFoundError as error:
-        raise UserError(f"--llm needs the package {error.name}: pip install 'fwlora[llm]'") from error
-    key = os.environ.get("OPENAI_API_KEY", "")
-    if not key:
-        raise UserError("--llm needs a key in the environment: set OPENAI_API_KEY (any word, if the server wants none)")
-    if base_url is not None and not base_url.startswith(("http://", "https://")):
-        raise UserError(f"--base-url {one_line(base_url)}: must begin with http:// or https://")
-    try:
-        client = openai.OpenAI(api_key=key, base_url=base_url, timeout=SECONDS_OF_SILENCE)
-    except Exception as error:  # an address or a key that no request can be made of
-        raise UserError(f"--base-url {one_line(base_url)}: cannot be used: {one_line(error)}") from None
-
-    def read(messages: list[Any]) -> bytes:
-        body = bytearray()
-        chat = client.chat.completions.with_streaming_response
-        with chat.create(model=model, messages=messages) as response:
-            for part in response.iter_bytes():
-                body += part
-                if len(body) > MAX_BYTES:
-                    raise UserError(f"the answer has more than {MAX_BYTES:,} bytes")
-        return bytes(body)
-
-    def ask(messages: list[Any]) -> tuple[str, bool]:
-        try:
-            body = _within(SECONDS_FOR_AN_ANSWER, lambda: read(messages))
-        except Exception as error:
-            cause = error.__cause__ if isinstance(error, openai.APIConnectionError) and error.__cause__ else error
-            reason = one_line(str(cause) or type(cause).__name__).replace(key, "***")
-            raise UserError(f"{one_line(model)} at {client.base_url} did not answer: {reason}") from None
-        try:
-            choice = json.loads(body)["choices"][0]
-            text, end = choice["message"]["content"], choice.get("finish_reason")
-        except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
-            raise UserError(
-                f"{client.base_url} sent no chat completion: --base-url is the address before /chat/completions, it "
-                "often ends in /v1"
-            ) from None
-        return text if isinstance(text, str) else "", end == "length"
-
-    return ask
-
-
-def _within(seconds: float, work: Callable[[], bytes]) -> bytes:
-    """What `work` returns or raises; TimeoutError if that takes longer, however little comes at a time."""
-    results: queue.SimpleQueue[tuple[bytes, Exception | None]] = queue.SimpleQueue()
-
-    def run() -> None:
-        try:
-            results.put((work(), None))
-        except Exception as error:
-            results.put((b"", error))
-
-    threading.Thread(target=run, daemon=True).start()
-    try:
-        body, error = results.get(timeout=seconds)
-    except queue.Empty:
-        raise TimeoutError(f"no whole answer within {seconds:g} s") from None
-    if error is not None:
-        raise error
-    return body

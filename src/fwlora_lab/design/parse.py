@@ -1,4 +1,4 @@
-"""TODO"""
+"""Text -> plain values, safely: files of limited size, JSON and YAML, and the check against the design's schema."""
 
 from __future__ import annotations
 
@@ -21,11 +21,13 @@ from fwlora_lab.text import did_you_mean, listing, one_line
 
 MAX_YAML_BYTES = 1_000_000
 MAX_BYTES = 5_000_000  # a research history carries whole papers
-MAX_KEY = 1_000
+MAX_KEY = 1_000  # characters
 MAX_DEPTH = 100
+MAX_BRACKETS = 500  # open at once, in YAML
 
 
 def read_text(path: Path) -> str:
+    """The text of a request; UserError if it is missing, empty, too long or not UTF-8."""
     try:
         if path.is_dir():
             raise UserError(f"{path}: is a folder: name the file inside it")
@@ -34,7 +36,7 @@ def read_text(path: Path) -> str:
             raise UserError(f"{path}: is {size:,} bytes, a request has at most {MAX_BYTES:,}: is it the right file?")
         text = path.read_bytes().decode("utf-8-sig")
     except FileNotFoundError:
-        raise UserError(f"{path}: there is no such file") from None
+        raise UserError(f"{path}: no such file") from None
     except UnicodeDecodeError as error:
         raise UserError(f"{path}: byte {error.start} is not UTF-8 text: save the file as UTF-8") from None
     except (OSError, ValueError) as error:
@@ -45,7 +47,11 @@ def read_text(path: Path) -> str:
 
 
 def read_json(text: str, where: str) -> Any:
-    """JSON without duplicate keys, bombs, NaN and `_target_`; UserError with the place otherwise."""
+    """Read JSON.
+
+    Raises:
+        UserError: it is not JSON, is nested too deeply, or holds a duplicate key, NaN, infinity or `_target_`.
+    """
 
     def pairs(items: list[tuple[str, Any]]) -> dict[str, Any]:
         seen: dict[str, Any] = {}
@@ -53,14 +59,14 @@ def read_json(text: str, where: str) -> Any:
             if len(key) > MAX_KEY:
                 raise UserError(f"{where}: the key {one_line(key, 60)!r} is {len(key):,} characters long")
             if key in seen:
-                raise UserError(f"{where}: the key {one_line(key)!r} stands twice in one block: keep one")
+                raise UserError(f"{where}: duplicate key {one_line(key)!r} in one block; keep one")
             if key == "_target_":
-                raise UserError(f"{where}: the key '_target_' is refused: a design names values, it runs no code")
+                raise UserError(f"{where}: the key '_target_' is refused: a design holds values and runs no code")
             seen[key] = value
         return seen
 
     def constant(name: str) -> Any:
-        raise UserError(f"{where}: {name} is no JSON number: write a finite one")
+        raise UserError(f"{where}: {name} is not a JSON number: write a finite one")
 
     try:
         data = json.loads(text, object_pairs_hook=pairs, parse_constant=constant)
@@ -75,6 +81,7 @@ def read_json(text: str, where: str) -> Any:
 
 
 def _check_depth(data: Any) -> None:
+    """Raise RecursionError for data that is nested more than MAX_DEPTH levels deep."""
     level = [data]
     for _ in range(MAX_DEPTH):
         level = [v for x in level for v in (x.values() if isinstance(x, dict) else x if isinstance(x, list) else ())]
@@ -84,13 +91,17 @@ def _check_depth(data: Any) -> None:
 
 
 def read_yaml(text: str, where: str) -> tuple[dict[str, Any], dict[str, int]]:
-    """Values and the line of every key; the checks are those of run configs."""
+    """Read YAML with the checks of run configs: the values, and the line of every key.
+
+    Raises:
+        UserError: it is not YAML, or holds something that a run config may not hold either.
+    """
     depth = deepest = 0
-    for match in re.finditer(r"[\[\]{}]", text):  # the scanner's time grows with the square of open brackets
+    for match in re.finditer(r"[\[\]{}]", text):  # PyYAML's time grows with the square of the open brackets
         depth += 1 if match[0] in "[{" else -1
         deepest = max(deepest, depth)
     try:
-        if deepest > 500:
+        if deepest > MAX_BRACKETS:
             raise RecursionError
         loader = yaml_loader(text)
         node = loader.get_single_node()
@@ -120,6 +131,15 @@ def check_design(
     spelling: Mapping[str, str],
     kind: type[ExperimentDesign],
 ) -> ExperimentDesign:
+    """The design in plain values.
+
+    Args:
+        lines, spelling: as in DesignRequest, for the messages.
+        kind: ExperimentDesign, or PartialDesign if it need not be complete.
+
+    Raises:
+        UserError: with every fault found.
+    """
     if not isinstance(data, dict):
         raise UserError(f"{source}: must hold keys such as proposed_method, models and datasets")
     try:
@@ -128,5 +148,5 @@ def check_design(
         request = DesignRequest(source, ExperimentDesign.model_construct(), spelling, lines)
         messages = []
         for issue in issues_of(error, data, lambda key: did_you_mean(key.rsplit(".", 1)[-1], DESIGN_KEYS)):
-            messages.append(request.place(one_line(issue.key), one_line(issue.text, 400)))
+            messages.append(str(request.locate(one_line(issue.key), one_line(issue.text, 400))))
         raise UserError(listing(messages)) from None

@@ -1,9 +1,10 @@
-"""TODO"""
+"""Reads a request's prompt text: Markdown sections that hold Python-like values, and an example of the output."""
 
 from __future__ import annotations
 
 import json
 import re
+from dataclasses import dataclass, field
 from typing import Any
 
 from fwlora_lab.design.airas import AIRAS_NAMES, AIRAS_RUN, Airas, commits_of, environment_of, from_airas
@@ -14,90 +15,111 @@ from fwlora_lab.design.schema import ExperimentDesign
 from fwlora_lab.errors import UserError
 from fwlora_lab.text import one_line
 
+_DESIGN = "Experimental Design"
+_RUNS = "Experiment Runs"
+_OUTPUT = "\nOutput:"
 _HEADING = re.compile(r"#{1,2} +(.+?)\s*")
 _RUN_LINE = re.compile(r"\s*(-?)\s*(Run ID|Method|Model|Dataset):\s*(.*?)\s*")
 _RUN_KEYS = {"Run ID": "run_id", "Method": "method", "Model": "model", "Dataset": "dataset"}
+_AIRAS_KEYS = {ours: theirs for theirs, ours in AIRAS_RUN.items()}
+
+
+@dataclass
+class _Section:
+    """The lines below a heading; `heading_line` is the heading's line in the file, from 1."""
+
+    heading_line: int
+    lines: list[str] = field(default_factory=list)
+
+    @property
+    def text(self) -> str:
+        return "\n".join(self.lines)
+
+    @property
+    def first_line(self) -> int:
+        """The line in the file of the first text below the heading."""
+        return self.heading_line + next((n for n, line in enumerate(self.lines, 1) if line.strip()), 1)
 
 
 def read_prompt(text: str, source: str, kind: type[ExperimentDesign]) -> DesignRequest:
-    sections: dict[str, list[str]] = {}
-    starts: dict[str, int] = {}
-    body, _, output = _cut(text, "\nOutput:")
-    current: list[str] = []
+    """Read a prompt text that has a section "Experimental Design".
+
+    Raises:
+        UserError: a section cannot be read, or the design has faults.
+    """
+    output_at = text.rfind(_OUTPUT)
+    body = text if output_at < 0 else text[:output_at]
+    output = "" if output_at < 0 else text[output_at + len(_OUTPUT) :]
+    sections = _sections(body)
+    if _DESIGN not in sections:
+        raise UserError(f"{source}: the heading {_DESIGN!r} is inside a code fence or the output: put it before them")
+    empty = _Section(0)
+    design = read_fields(sections[_DESIGN].text, f"{source}: {_DESIGN}")
+    title = "Research Hypothesis" if "Research Hypothesis" in sections else "Hypothesis"
+    prose = sections.get(title, empty).text.strip()
+    hypothesis: Any = prose or None
+    if re.match(r"\w+=(?:['\"]|None\b)", prose):
+        hypothesis = read_fields(prose, f"{source}: {title}")
+    runs, lines = _read_runs(sections.get(_RUNS, empty), source)
+    method = sections.get("Research Method", empty).text.strip() or None
+    environment = sections.get("Experimental Environment", empty).text.strip() or environment_of(design)
+    found = Airas(design, runs, hypothesis, method, environment)
+    plain, spelling = from_airas(found, f"{_DESIGN}: ")
+    spelling |= {"runs": f"{_RUNS}: runs", "hypothesis": title, "environment": "Experimental Environment"}
+    lines |= dict.fromkeys(AIRAS_NAMES.values(), sections[_DESIGN].first_line)
+    if title in sections:
+        lines["hypothesis"] = sections[title].first_line
+    # Empty lines replace the text before the output, so that an error names the line of the file.
+    examples = _read_output("\n" * (body.count("\n") + 1) + output, source)
+    for run_id in examples:
+        before = text.find(json.dumps(run_id), len(body))
+        lines[f"example:{run_id}"] = text.count("\n", 0, max(before, 0)) + 2  # its YAML is on the next line
+        spelling[f"example:{run_id}"] = f"Output: {run_id}"
+    checked = check_design(plain, source, lines, spelling, kind)
+    return DesignRequest(source, checked, spelling, lines, examples, commits_of(design))
+
+
+def _sections(body: str) -> dict[str, _Section]:
+    """The sections by heading; those of equal headings are joined. A line in a code fence is not a heading."""
+    sections: dict[str, _Section] = {}
+    current = _Section(0)
     fenced = False
     for number, line in enumerate(body.splitlines(), 1):
         fenced ^= line.lstrip().startswith("```")
         heading = None if fenced else _HEADING.fullmatch(line)
         if heading:
-            current = sections.setdefault(heading[1], [])
-            starts.setdefault(heading[1], number)
+            current = sections.setdefault(heading[1], _Section(number))
         else:
-            current.append(line)
+            current.lines.append(line)
+    return sections
 
-    def section(name: str) -> str:
-        return "\n".join(sections.get(name, ()))
 
-    where = f"{source}: Experimental Design"
-    design = read_fields(section("Experimental Design"), where)
-    titled = "Research Hypothesis" if "Research Hypothesis" in sections else "Hypothesis"
-    prose = section(titled).strip()
-    hypothesis: Any = prose or None
-    if re.match(r"\w+=(?:['\"]|None\b)", prose):
-        hypothesis = read_fields(prose, f"{source}: {titled}")
-    lines: dict[str, int] = {}
-    runs: list[Any] = []
-    first = starts.get("Experiment Runs", 0)
-    listed = sections.get("Experiment Runs", [])
-    printed = "\n".join(listed).strip()
+def _read_runs(section: _Section, source: str) -> tuple[list[Any], dict[str, int]]:
+    """The runs with AIRAS' keys, and the line of each of their keys."""
+    where = f"{source}: {_RUNS}"
+    printed = section.text.strip()
     if printed.startswith("["):  # a printed list of ExperimentRun objects
-        runs = read_fields(f"runs={printed}", f"{source}: Experiment Runs")["runs"]
-        listed = []
-    for offset, line in enumerate(listed, 1):
+        return read_fields(f"runs={printed}", where)["runs"], {}
+    runs: list[Any] = []
+    lines: dict[str, int] = {}
+    for number, line in enumerate(section.lines, section.heading_line + 1):
+        where = f"{source}:{number}: {_RUNS}"
         match = _RUN_LINE.fullmatch(line)
         if match is None:
             if line.strip():
-                raise UserError(f"{source}:{first + offset}: Experiment Runs: {one_line(line)!r} is no line of a run")
+                raise UserError(f"{where}: {one_line(line)!r} is not a line of a run: write `Method: NAME`")
             continue
-        key = _AIRAS_BACK[_RUN_KEYS[match[2]]]
+        name = _RUN_KEYS[match[2]]
+        key = _AIRAS_KEYS[name]
         if match[1] or not runs:
             runs.append({})
-            lines[f"runs.{len(runs) - 1}"] = first + offset
+            lines[f"runs.{len(runs) - 1}"] = number
         if key in runs[-1]:
-            raise UserError(f"{source}:{first + offset}: Experiment Runs: {match[2]} stands twice in one run")
+            raise UserError(f"{where}: duplicate {match[2]} in one run; keep one")
         if match[3] not in ("", "None"):
             runs[-1][key] = match[3]
-        lines[f"runs.{len(runs) - 1}.{_RUN_KEYS[match[2]]}"] = first + offset
-    method = section("Research Method").strip() or None
-    environment = section("Experimental Environment").strip() or environment_of(design)
-    found = Airas(design, runs, hypothesis, method, environment)
-    plain, spelling = from_airas(found, "Experimental Design: ")
-    spelling |= {"runs": "Experiment Runs: runs", "hypothesis": titled, "environment": "Experimental Environment"}
-    at = starts["Experimental Design"]
-    lines |= {key: at + _offset(sections["Experimental Design"]) for key in AIRAS_NAMES.values()}
-    if titled in starts:
-        lines["hypothesis"] = starts[titled] + _offset(sections[titled])
-    # empty lines stand for the text above, so that a fault has the file's line
-    examples = _read_output("\n" * (body.count("\n") + 1) + output, source)
-    for run_id in examples:
-        before = text.find(json.dumps(run_id), len(body))
-        lines[f"example:{run_id}"] = text.count("\n", 0, max(before, 0)) + 2  # its YAML stands on the next line
-        spelling[f"example:{run_id}"] = f"Output: {run_id}"
-    return DesignRequest(
-        source, check_design(plain, source, lines, spelling, kind), spelling, lines, examples, commits_of(design)
-    )
-
-
-_AIRAS_BACK = {ours: theirs for theirs, ours in AIRAS_RUN.items()}
-
-
-def _cut(text: str, mark: str) -> tuple[str, str, str]:
-    at = text.rfind(mark)
-    return (text, "", "") if at < 0 else (text[:at], mark, text[at + len(mark) :])
-
-
-def _offset(lines: list[str]) -> int:
-    """How far below its heading a section's first line stands."""
-    return next((n for n, line in enumerate(lines, 1) if line.strip()), 1)
+        lines[f"runs.{len(runs) - 1}.{name}"] = number
+    return runs, lines
 
 
 def _read_output(output: str, source: str) -> dict[str, dict[str, Any]]:
@@ -116,6 +138,6 @@ def _read_output(output: str, source: str) -> dict[str, dict[str, Any]]:
         if not isinstance(run_id, str) or not isinstance(text, str):
             raise UserError(f"{here}: must hold the texts run_id and run_config_yaml")
         if run_id in found:
-            raise UserError(f"{here}: run_id {one_line(run_id)!r} stands twice: keep one")
+            raise UserError(f"{here}: duplicate run_id {one_line(run_id)!r}; keep one")
         found[run_id] = read_yaml(text, f"{here}.run_config_yaml")[0]
     return found

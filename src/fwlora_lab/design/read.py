@@ -1,4 +1,7 @@
-"""TODO"""
+"""Reads the source of a design: a design file, a request's prompt text, or an AIRAS research history.
+
+Which of the three it is follows from what it holds. Nothing in a source is evaluated.
+"""
 
 from __future__ import annotations
 
@@ -13,12 +16,20 @@ from fwlora_lab.design.request import DesignRequest
 from fwlora_lab.design.schema import ExperimentDesign, PartialDesign
 from fwlora_lab.errors import UserError
 
+_DESIGN_KEY = re.compile(rf"^['\"]?(?:{'|'.join(ExperimentDesign.model_fields)})['\"]?\s*:", re.M)
+_PROMPT = re.compile(r"^#{1,2} Experimental Design\s*$", re.M)
+
 
 def read_request(source: str, complete: bool = True) -> DesignRequest:
-    """Read a design file, a request's prompt text or an AIRAS history; UserError with every fault found.
+    """Read the source of a design.
 
-    Where it need not be `complete`, its design may be a `Sketch`, and a text or Markdown file that names no key of a
-    design is prose: the hypothesis.
+    Args:
+        source: path of a file.
+        complete: refuse a design without methods, models or data sets. Otherwise the design is a `PartialDesign`, and
+            a text or Markdown file that names no key of a design is taken as prose, the hypothesis.
+
+    Raises:
+        UserError: with every fault found.
     """
     load_extensions()
     path = Path(source)
@@ -34,7 +45,7 @@ def read_request(source: str, complete: bool = True) -> DesignRequest:
             design = check_design(plain, source, {}, spelling, kind)
             return DesignRequest(source, design, spelling, {}, examples, commits_of(found.design))
         return DesignRequest(source, check_design(data, source, {}, {}, kind))
-    if re.search(r"^#{1,2} Experimental Design\s*$", text, re.M):
+    if _PROMPT.search(text):
         return read_prompt(text, source, kind)
     if not complete and path.suffix.lower() in (".txt", ".md") and not _DESIGN_KEY.search(text):
         return DesignRequest(source, check_design({"hypothesis": text}, source, {}, {}, kind))
@@ -42,6 +53,3 @@ def read_request(source: str, complete: bool = True) -> DesignRequest:
         raise UserError(f"{source}: a design file has at most {MAX_YAML_BYTES:,} bytes: is it the right file?")
     data, lines = read_yaml(text, source)
     return DesignRequest(source, check_design(data, source, lines, {}, kind), lines=lines)
-
-
-_DESIGN_KEY = re.compile(rf"^['\"]?(?:{'|'.join(ExperimentDesign.model_fields)})['\"]?\s*:", re.M)

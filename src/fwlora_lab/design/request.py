@@ -1,10 +1,4 @@
-"""A written request or a design file becomes an `ExperimentDesign`: what is to be compared, on what, searched how.
-
-Three kinds of source are told apart by what they hold: a design file (YAML or JSON, the schema below), the prompt text
-of a request (sections with Python-like values inside), and an AIRAS research history (JSON, both generations of it).
-Nothing in a source is evaluated: string literals are decoded one by one, a call such as `datetime.datetime(...)`
-becomes a mapping of its arguments.
-"""
+"""A design together with where each of its keys is written, so that every message can name the file and the line."""
 
 from __future__ import annotations
 
@@ -14,14 +8,37 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from fwlora_lab.design.schema import ExperimentDesign
+from fwlora_lab.errors import UserError
 from fwlora_lab.text import one_line
 
 
 @dataclass(frozen=True)
-class DesignRequest:
-    """A design, where each of its keys stands in the source, and the source's own example configs by run id.
+class Place:
+    """A place in a request as messages name it; `is_filled` if a language model wrote what is there."""
 
-    `filled` holds what the language model `writer` answered where the source states nothing: key -> value.
+    text: str
+    is_filled: bool = False
+
+    def __str__(self) -> str:
+        return self.text
+
+
+@dataclass(frozen=True)
+class DesignRequest:
+    """What was read from one source.
+
+    A `source_location` below is the dotted path of a key of the design, such as `models.0.name`, or of a key of an
+    example config, such as `example:RUN_ID.optuna.n_trials`.
+
+    Args:
+        source: path of the file.
+        design: what is to be compared, on what, searched how.
+        spelling: source location -> what the source calls that key, where it differs from the design's name.
+        lines: source location -> line in the file, from 1.
+        examples: run id -> the config that the source itself gives as an example of its output.
+        commits: model id -> full commit hash, from the source's list of resources.
+        writer: the language model that filled gaps; "" without one.
+        filled: source location -> what that language model answered; the source itself states nothing there.
     """
 
     source: str
@@ -33,26 +50,34 @@ class DesignRequest:
     writer: str = ""
     filled: Mapping[str, Any] = field(default_factory=dict)
 
-    def is_filled(self, key: str) -> bool:
-        return any(k in self.filled for k in _upwards(key))
+    def is_filled(self, source_location: str) -> bool:
+        """Whether the value at this location is the language model's, not the source's."""
+        return any(key in self.filled for key in _with_parents(source_location))
 
-    def place(self, key: str, *said: object) -> str:
-        """`file:line: key: what it says`, with the key as the source spells it."""
-        words = "".join(f": {one_line(word)}" for word in said)
-        if self.is_filled(key):
-            return f"answer of {one_line(self.writer)}: {_indexed(key)}{words}"
-        line = next((self.lines[k] for k in _upwards(key) if k in self.lines), None)
-        known = next((k for k in _upwards(key) if k in self.spelling), None)
-        shown = key if known is None else self.spelling[known] + key[len(known) :]
-        return f"{self.source}{f':{line}' if line else ''}: {_indexed(shown)}{words}"
+    def locate(self, source_location: str, *quoted: object) -> Place:
+        """`file:line: key: quoted text`, with the key as the source spells it."""
+        ending = "".join(f": {one_line(text)}" for text in quoted)
+        if self.is_filled(source_location):
+            return Place(
+                f"answer of {one_line(self.writer)}: {_with_brackets(source_location)}{ending}", is_filled=True
+            )
+        keys = _with_parents(source_location)
+        line = next((self.lines[key] for key in keys if key in self.lines), None)
+        known = next((key for key in keys if key in self.spelling), None)
+        spelled = source_location if known is None else self.spelling[known] + source_location[len(known) :]
+        return Place(f"{self.source}{f':{line}' if line else ''}: {_with_brackets(spelled)}{ending}")
+
+    def error(self, source_location: str, message: object) -> UserError:
+        """A UserError that begins with the location; both parts are cut to one line."""
+        return UserError(f"{self.locate(one_line(source_location))}: {one_line(message, 600)}")
 
 
-def _indexed(key: str) -> str:
+def _with_brackets(source_location: str) -> str:
     """`models.0.name` -> `models[0].name`."""
-    return re.sub(r"\.(\d+)(?=\.|$)", r"[\1]", key)
+    return re.sub(r"\.(\d+)(?=\.|$)", r"[\1]", source_location)
 
 
-def _upwards(key: str) -> list[str]:
-    """The key and the blocks around it, innermost first."""
-    parts = key.split(".")
+def _with_parents(source_location: str) -> list[str]:
+    """The key and the blocks that hold it, innermost first."""
+    parts = source_location.split(".")
     return [".".join(parts[:n]) for n in range(len(parts), 0, -1)]

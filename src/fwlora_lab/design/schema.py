@@ -1,4 +1,4 @@
-"""TODO"""
+"""The schema of a design: a hypothesis and the experiment that tests it."""
 
 from __future__ import annotations
 

@@ -1,10 +1,11 @@
-"""Ranges as people write them, as dimensions of a search."""
+"""Ranges as people write them, such as `1e-4-3e-4` or `4,8,16`, as dimensions of a search."""
 
 from __future__ import annotations
 
 import math
 import re
-from typing import Any, NamedTuple
+from dataclasses import dataclass
+from typing import Any
 
 from fwlora_lab.config.keys import search_key
 from fwlora_lab.config.schema import Dimension
@@ -24,14 +25,29 @@ _DASHES = "‐‑‒–—−"
 _RANGE = re.compile(rf"({NUMBER})\s*(?:-|to|and|\.\.\.?|…|~)\s*({NUMBER})")
 
 
-class ParsedSpace(NamedTuple):
-    """A search dimension, or one fixed value; what was inferred, and what is wrong with the range."""
+@dataclass(frozen=True)
+class ParsedSpace:
+    """A range as a dimension of a search, or one fixed value.
+
+    Args:
+        key: the run config's key.
+        dimension: as a run config writes it under `optuna.search_space`; None for a fixed value.
+        value: the fixed value; None for a dimension.
+        note: what was inferred.
+        faults: what is wrong with the range as it is written.
+    """
 
     key: str
     dimension: dict[str, Any] | None
-    value: Any
-    note: str
-    faults: tuple[str, ...]
+    value: Any = None
+    note: str = ""
+    faults: tuple[str, ...] = ()
+
+    def ends(self) -> list[Any]:
+        """The choices, or the lowest and the highest value; empty for a fixed value."""
+        if self.dimension is None:
+            return []
+        return self.dimension.get("choices") or [self.dimension["low"], self.dimension["high"]]
 
 
 def parse_space(name: str, given: Any) -> ParsedSpace:
@@ -39,18 +55,21 @@ def parse_space(name: str, given: Any) -> ParsedSpace:
 
     `1e-4-3e-4`, `5e-5 to 5e-4`, `0.8–1.5` are ranges, `4,8,16` are choices, `300-800 step 100` has a step. The
     distribution follows the key: log-uniform for learning rates and regularisation, int with a step for counts,
-    categorical for discrete choices, uniform for the rest. Raises UserError for what cannot be read.
+    categorical for discrete choices, uniform for the rest.
+
+    Raises:
+        UserError: `name` means no key, or the text cannot be read as a range.
     """
     key = search_key(name)
     if isinstance(given, Dimension):
-        return ParsedSpace(key, given.model_dump(exclude_none=True), None, "", ())
+        return ParsedSpace(key, given.model_dump(exclude_none=True))
     if isinstance(given, list):
         return _choices(key, given, bracketed=True)
     if not isinstance(given, str):
-        return ParsedSpace(key, None, given, "", ())
+        return ParsedSpace(key, None, given)
     text = "".join("-" if c in _DASHES else c for c in given).strip()
     if len(text) > 10_000:
-        raise UserError(f"{len(text):,} characters are no range: write low-high, or a,b,c")
+        raise UserError(f"{len(text):,} characters are not a range: write low-high, or a,b,c")
     step = re.search(r"[\s,(]*\bstep\s*[=:]?\s*(\d{1,12})\)?$", text)
     if step:
         text = text[: step.start()]
@@ -69,6 +88,7 @@ def parse_space(name: str, given: Any) -> ParsedSpace:
 
 
 def number(text: str) -> int | float:
+    """The number that a text matching NUMBER writes; UserError for one that is too large for a float."""
     value = int(text) if re.fullmatch(r"[-+]?\d+", text) else float(text)
     if not math.isfinite(value):
         raise UserError(f"{text!r} is not a finite number")
@@ -83,7 +103,7 @@ def _scalar(text: str) -> Any:
 
 
 def _fitting(key: str, value: Any) -> Any:
-    """`3e2` is the whole number 300 where the key counts."""
+    """`3e2` becomes the int 300 for a key that counts."""
     counts = key in _WHOLE or (key == "fw_lora.warmup_steps" and abs(value) >= 1)
     return int(value) if counts and isinstance(value, float) and value.is_integer() else value
 
@@ -98,7 +118,7 @@ def _choices(key: str, values: list[Any], bracketed: bool) -> ParsedSpace:
     if numbers:
         distinct = [_fitting(key, v) for v in distinct]
     if len(distinct) == 1:
-        return ParsedSpace(key, None, distinct[0], "", ())
+        return ParsedSpace(key, None, distinct[0])
     if bracketed and numbers and len(distinct) == 2 and key not in _DISCRETE:
         return _between(key, distinct[0], distinct[1], None)
     steps = key == "fw_lora.warmup_steps" or key == "training.epochs"
@@ -106,8 +126,8 @@ def _choices(key: str, values: list[Any], bracketed: bool) -> ParsedSpace:
         low, high = min(distinct), max(distinct)
         step = math.gcd(*(v - low for v in distinct))
         note = f"a count: int from the least to the greatest of {', '.join(map(str, distinct))} in steps that meet all"
-        return ParsedSpace(key, {"type": "int", "low": low, "high": high, "step": step}, None, note, ())
-    return ParsedSpace(key, {"type": "categorical", "choices": distinct}, None, "discrete choices", ())
+        return ParsedSpace(key, {"type": "int", "low": low, "high": high, "step": step}, note=note)
+    return ParsedSpace(key, {"type": "categorical", "choices": distinct}, note="discrete choices")
 
 
 def _between(key: str, low: int | float, high: int | float, step: int | None) -> ParsedSpace:
@@ -117,23 +137,21 @@ def _between(key: str, low: int | float, high: int | float, step: int | None) ->
         faults.append(f"the range runs backwards, from {low} to {high}; it is searched from {high} to {low}")
         low, high = high, low
     if low == high:
-        return ParsedSpace(key, None, low, "", tuple(faults))
+        return ParsedSpace(key, None, low, faults=tuple(faults))
     whole = isinstance(low, int) and isinstance(high, int)
     powers = [1 << n for n in range(24) if low <= 1 << n <= high]
     if key == "training.batch_size" and powers[:1] == [low] and powers[-1:] == [high]:
-        return ParsedSpace(
-            key, {"type": "categorical", "choices": powers}, None, "powers of two in the range", tuple(faults)
-        )
-    if whole and (key in _WHOLE or key == "fw_lora.warmup_steps"):
+        dimension, note = {"type": "categorical", "choices": powers}, "powers of two in the range"
+    elif whole and (key in _WHOLE or key == "fw_lora.warmup_steps"):
         rounded = next((s for s in (100, 10) if low % s == 0 and high % s == 0 and high - low > s), 1)
         stride = step or (rounded if key == "fw_lora.warmup_steps" else 1)
         dimension = {"type": "int", "low": low, "high": high, "step": stride}
-        return ParsedSpace(
-            key, dimension, None, "a count" + ("" if step else f"; step {stride} inferred"), tuple(faults)
-        )
-    if key in _LOG and low > 0:
+        note = "a count" + ("" if step else f"; step {stride} inferred")
+    elif key in _LOG and low > 0:
+        dimension = {"type": "loguniform", "low": low, "high": high}
         note = "learning rates and regularisation are searched on a log scale"
-        return ParsedSpace(key, {"type": "loguniform", "low": low, "high": high}, None, note, tuple(faults))
-    if key in _LOG:
-        faults.append(f"a log scale cannot start at {low}; it is searched uniformly")
-    return ParsedSpace(key, {"type": "uniform", "low": low, "high": high}, None, "a range of numbers", tuple(faults))
+    else:
+        dimension, note = {"type": "uniform", "low": low, "high": high}, "a range of numbers"
+        if key in _LOG:
+            faults.append(f"a log scale cannot start at {low}; it is searched uniformly")
+    return ParsedSpace(key, dimension, note=note, faults=tuple(faults))

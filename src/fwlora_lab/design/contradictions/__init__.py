@@ -1,0 +1,1 @@
+"""Where a design contradicts itself or what is known."""
