@@ -11,7 +11,7 @@ import numpy as np
 
 from fwlora_lab.config.fingerprint import fingerprint
 from fwlora_lab.config.schema import RunConfig
-from fwlora_lab.records.folder import RunDir
+from fwlora_lab.records.folder import RunFolder
 from fwlora_lab.records.record import MatrixRow, Record
 from fwlora_lab.records.study_plan import StudyCell, StudyPlan, write_plan
 
@@ -61,6 +61,7 @@ def record(cfg: RunConfig, seed: int, score: float, seconds: float = 60.0, layer
         run_id=cfg.run_id,
         seed=seed,
         method=cfg.method_name,
+        engine=cfg.training.engine,
         status="complete",
         started=START + timedelta(hours=seed, minutes=5 * sum(map(ord, cfg.run_id)) % 50),
         finished=START + timedelta(hours=seed, minutes=5 * sum(map(ord, cfg.run_id)) % 50, seconds=seconds),
@@ -111,7 +112,7 @@ def matrices(cfg: RunConfig, rng: np.random.Generator, layers: int = 6) -> list[
 
 def write(folder: Path, cfg: RunConfig, made: Record, predictions: tuple[np.ndarray, np.ndarray] | None = None) -> Path:
     """Write the record and, if given, the predictions and labels of a run; the run's folder."""
-    run_dir = RunDir(folder, cfg.run_id, made.seed)
+    run_dir = RunFolder(folder, cfg.run_id, made.seed)
     logits, labels = (None, None) if predictions is None else predictions
     with run_dir.lock():
         run_dir.write(made, cfg, logits=logits, labels=labels)

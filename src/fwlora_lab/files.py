@@ -1,14 +1,17 @@
-"""Files and folders written in one piece: under a temporary name first, then renamed into place.
+"""Files and folders written in one piece: under a temporary name first, then renamed into place; texts of JSON and CSV.
 
 A reader sees the former content or the new one, never half of it, also where the writer is killed.
 """
 
 from __future__ import annotations
 
+import csv
 import errno
+import io
+import json
 import os
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 
@@ -99,6 +102,18 @@ def cannot_write(path: Path, error: BaseException, advice: str = "") -> UserErro
     cause = "the disk is full" if full else getattr(error, "strerror", None) or str(error)
     cure = "Free some space" if full else "Choose a folder that can be written"
     return UserError(f"{path}: cannot be written: {cause}. {cure}{f', or {advice}' if advice else ''}.")
+
+
+def json_text(content: object) -> str:
+    """JSON with sorted keys and an indent of two; raises ValueError for NaN and infinity, which JSON does not have."""
+    return json.dumps(content, sort_keys=True, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+
+
+def csv_text(rows: Iterable[Sequence[object]]) -> str:
+    """The rows as the text of a CSV file; None becomes an empty cell."""
+    text = io.StringIO()
+    csv.writer(text, lineterminator="\n").writerows(rows)
+    return text.getvalue()
 
 
 def _temporary_name(path: Path, ending: str) -> Path:

@@ -1,4 +1,4 @@
-"""TODO"""
+"""Confidence intervals, and when a sample of seeds is too small or too uniform to have one."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ class Interval(NamedTuple):
 
 
 def undefined_reason(values: np.ndarray) -> str | None:
-    """Why a sample [n] cannot say how uncertain its mean is; None where it can."""
+    """Why the spread of `values` [n], and so the uncertainty of their mean, is undefined; None if it is defined."""
     if len(values) == 0:
         return "no seed"
     if len(values) == 1:

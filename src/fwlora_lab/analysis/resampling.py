@@ -1,4 +1,4 @@
-"""TODO"""
+"""Bootstrap over seeds and examples at once: how far a difference would hold for other examples as well."""
 
 from __future__ import annotations
 
@@ -9,17 +9,20 @@ from dataclasses import dataclass
 import numpy as np
 from scipy import special
 
-from fwlora_lab.analysis.intervals import Interval, undefined_reason
+from fwlora_lab.analysis.intervals import Interval
 
-_CHUNK = 512  # resamples that are held at once
+_CHUNK = 512  # resamples that are held in memory at once
 
 
 @dataclass(frozen=True, eq=False)
 class TwoWayBootstrap:
-    """A difference with the uncertainty of drawing other seeds and other examples.
+    """A difference with its uncertainty over other seeds and other examples.
 
-    `se` and `df` are those of the two-way random-effects model, `shape` the bootstrap distribution with mean 0 and
-    variance 1; `interval` puts them together.
+    Attributes:
+        estimate: the observed difference.
+        se: its standard error in the two-way random-effects model of seeds and examples.
+        df: degrees of freedom of `se`.
+        shape: the bootstrap distribution [draws], standardised to mean 0 and variance 1.
     """
 
     estimate: float
@@ -28,7 +31,7 @@ class TwoWayBootstrap:
     shape: np.ndarray
 
     def interval(self, level: float = 0.95) -> Interval:
-        """The bootstrap's percentiles, widened to `se` and from the normal to Student's quantile."""
+        """The percentiles of `shape`, scaled to `se` and by Student's quantile over the normal one."""
         tail = (1 - level) / 2
         scale = self.se * special.stdtrit(self.df, 1 - tail) / special.ndtri(1 - tail)
         low, high = np.quantile(self.shape, [tail, 1 - tail])
@@ -37,7 +40,13 @@ class TwoWayBootstrap:
 
 @dataclass(frozen=True, eq=False)
 class Predictions:
-    """Every run's predictions: `outputs[method][seed]` [m] (a class or a regression's value), `labels` [m]."""
+    """The predictions of all runs of one task and budget.
+
+    Attributes:
+        metric: the metric that they are scored by.
+        labels: [m], the same for all runs.
+        outputs: `outputs[method][seed]` [m], classes or, for a regression, values.
+    """
 
     metric: str
     labels: np.ndarray
@@ -52,15 +61,21 @@ def two_way(
     rng: np.random.Generator,
     draws: int = 10_000,
 ) -> TwoWayBootstrap | None:
-    """Bootstrap over seeds and examples at once of the mean over `seeds` of metric(method) − metric(reference).
+    """Bootstrap the mean over `seeds` of metric(method) − metric(reference) over seeds and examples at once.
 
-    Each resample draws seeds and, apart from them, examples, and computes the metric anew from its sums (for Matthews
-    the confusion counts). Drawn like this the noise of single cells counts three times (Owen 2007, "The pigeonhole
-    bootstrap"), and a few seeds' spread is too small: so the distribution is rescaled to the unbiased two-way variance
-    (MS_seeds + MS_examples − MS_cells)/(n·m) of the jackknife pseudo-values, with Satterthwaite's degrees of freedom.
-    Components of variance are kept from going below 0, so that with few examples and seeds that hardly differ the
-    interval is too wide rather than too narrow. Without a reference it is the method's own metric. None where a run's
-    predictions are missing, or where seeds or examples show no spread.
+    Each resample draws seeds and, independently, examples, and computes the metric from its sums over examples (for
+    Matthews the confusion counts). Such resamples count the noise of single seed-example cells three times (Owen 2007,
+    "The pigeonhole bootstrap"), and the spread of a few seeds is too small. So the distribution is rescaled to the
+    unbiased two-way variance (MS_seeds + MS_examples − MS_cells)/(n·m) of the jackknife pseudo-values, with
+    Satterthwaite's degrees of freedom. Components of variance below 0 are set to 0, so that with few examples and
+    seeds that hardly differ the interval is too wide rather than too narrow.
+
+    Args:
+        reference: None resamples the method's own metric.
+        draws: number of resamples.
+
+    Returns:
+        None if a run's predictions are missing, or if seeds or examples have no spread.
 
     Raises:
         ValueError: the metric cannot be resampled, or is Matthews or F1 of other labels than 0 and 1.
@@ -92,7 +107,7 @@ def two_way(
 
 
 def can_be_resampled(metric: str, classes: int) -> bool:
-    """Whether `two_way` knows this metric for so many classes (1 for a regression)."""
+    """Whether `two_way` can resample this metric for this number of classes (1 for a regression)."""
     return metric in _METRICS and (classes == 2 or metric not in ("matthews_correlation", "f1"))
 
 
@@ -113,7 +128,7 @@ def _resample(
 
 
 def _two_way_variance(values: np.ndarray) -> tuple[float, float]:
-    """Variance of the mean of `values` [n, m] over other rows and columns, and its degrees of freedom."""
+    """Variance of the mean of `values` [n, m] over random rows and columns, and its degrees of freedom."""
     n, m = values.shape
     centred = values - values.mean()
     rows, columns = centred.mean(axis=1), centred.mean(axis=0)
@@ -153,7 +168,8 @@ def _matthews_features(predicted: np.ndarray, labels: np.ndarray) -> np.ndarray:
 
 
 def _matthews(means: np.ndarray) -> np.ndarray:
-    both, p, y = means[..., 0], means[..., 1], means[..., 2]  # with 1 they give the four confusion counts
+    # The four cells of the confusion matrix follow from these three means.
+    both, p, y = means[..., 0], means[..., 1], means[..., 2]
     return _correlation(both - p * y, p * (1 - p) * y * (1 - y))
 
 
@@ -168,9 +184,9 @@ def _pearson(means: np.ndarray) -> np.ndarray:
 
 
 def _correlation(covariance: np.ndarray, variances: np.ndarray) -> np.ndarray:
-    # Constant predictions predict nothing: 0, as in the official score.
-    some = variances > 1e-12
-    return np.where(some, covariance / np.sqrt(np.where(some, variances, 1.0)), 0.0)
+    # The correlation of constant predictions is undefined; the official scores give 0.
+    defined = variances > 1e-12
+    return np.where(defined, covariance / np.sqrt(np.where(defined, variances, 1.0)), 0.0)
 
 
 def _standardised(values: np.ndarray) -> np.ndarray:
@@ -193,15 +209,8 @@ _METRICS = {
 }
 
 
-def _metric(name: str):
+def _metric(name: str) -> tuple[Callable[[np.ndarray, np.ndarray], np.ndarray], Callable[[np.ndarray], np.ndarray]]:
+    """The metric as a function of means over examples: features of predictions and labels, value of their means."""
     if name not in _METRICS:
         raise ValueError(f"{name} cannot be resampled from sums over examples; {', '.join(_METRICS)} can")
     return _METRICS[name]
-
-
-def moments(values: np.ndarray) -> tuple[float, float, int]:
-    values = np.asarray(values, dtype=float)
-    why = undefined_reason(values)
-    if why:
-        raise ValueError(f"no test of the mean: {why}")
-    return float(values.mean()), float(values.std(ddof=1)) / math.sqrt(len(values)), len(values) - 1

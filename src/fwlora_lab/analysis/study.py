@@ -1,65 +1,95 @@
-"""What a folder of records says: its runs as a study, with summaries, paired comparisons and verdicts.
+"""Everything that the report shows of a study: summaries, paired comparisons, ratios of seconds, verdicts, doubts.
 
-A study that was planned has a study.json; where there is none, tasks, budgets and methods are read off the records.
-Whatever is missing, failed, broken or in training is known by that name and never becomes a number. Metrics are
-fractions.
+A study that was planned has a study.json; otherwise tasks, budgets and methods are taken from the records. A run that
+is missing, failed, broken or in training is called so and never becomes a number. Metrics are fractions.
 """
 
 from __future__ import annotations
 
 import json
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
 from fwlora_lab.analysis import claims, statistics, verdicts
-from fwlora_lab.analysis.read import SHARED, RunResult, StudyResults, percent
+from fwlora_lab.analysis.group_scores import GroupScores, group_scores
+from fwlora_lab.analysis.results import RunResult, StudyResults, percent
 from fwlora_lab.errors import UserError
 from fwlora_lab.records.record import Record
 
 BOOTSTRAP_SEED = 0
 DRAWS = 10_000
 LEVEL = 0.95
-SECONDS = ("train_seconds", "fisher_step_seconds", "steady_step_seconds", "eval_seconds")  # what ratios are given of
-Key = tuple[str, float]  # task and budget
+# The kinds of seconds that ratios are computed of.
+SECONDS = ("train_seconds", "fisher_step_seconds", "steady_step_seconds", "eval_seconds")
+# Two runs slowed each other if they trained at the same time for more than this part of the shorter one. Less is a
+# handover, in which one run was being written while the next one started.
+_OVERLAP = 0.05
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One method on one task at one budget.
+
+    Attributes:
+        summary: of the primary metric.
+        comparison: with the reference; None for the reference itself.
+        adjusted_p: the comparison's p-value after Holm, over all comparisons of the study.
+        ratios: to the reference, by the kind of seconds.
+        step_seconds: of the ordinary steps, for each seed.
+    """
+
+    task: str
+    budget: float
+    method: str
+    metric: str
+    runs: tuple[RunResult, ...]
+    summary: statistics.Summary
+    comparison: statistics.Comparison | None
+    adjusted_p: float | None
+    ratios: dict[str, statistics.PairedRatio]
+    step_seconds: Mapping[int, float]
+
+    @property
+    def records(self) -> list[Record]:
+        """Those of complete runs."""
+        return [record for run in self.runs if (record := run.complete_record)]
 
 
 @dataclass(frozen=True)
 class Group:
-    """All runs on one task at one budget, and what they say about each other."""
+    """All methods on one task at one budget, which are compared with each other.
+
+    Attributes:
+        metric: the primary one; "" without a record.
+    """
 
     task: str
     budget: float
     metric: str
-    runs: dict[str, list[RunResult]]
-    cell: verdicts.ScoreCell
-    summaries: dict[str, statistics.Summary]
-    comparisons: list[statistics.Comparison]
-    ratios: dict[str, dict[str, statistics.PairedRatio]]  # by the kind of seconds and by method
+    cells: tuple[Cell, ...]
 
     @property
-    def where(self) -> str:
+    def name(self) -> str:
+        """The group as it is shown, such as `cola at 0.2 %`."""
         return f"{self.task} at {percent(self.budget)}"
-
-    def done(self, method: str) -> list[Record]:
-        return [run.done for run in self.runs.get(method, ()) if run.done]
 
 
 @dataclass(frozen=True)
 class Analysis:
     """The numbers of a study.
 
-    `adjusted` are Holm's p-values of the comparisons by task, budget and method, one family over the whole study.
-    `notes` say what to know before believing the numbers; `seconds_doubt` why seconds do not compare, "" where they do.
+    Attributes:
+        notes: what a reader should know before believing the numbers.
+        seconds_doubt: why the runs' seconds do not compare methods; "" if nothing speaks against it.
     """
 
     study: StudyResults
-    groups: list[Group]
-    adjusted: dict[tuple[str, float, str], float | None]
-    verdicts: list[verdicts.Verdict]
-    notes: list[str]
+    groups: tuple[Group, ...]
+    verdicts: tuple[verdicts.Verdict, ...]
+    notes: tuple[str, ...]
     seconds_doubt: str
 
     @property
@@ -71,139 +101,167 @@ class Analysis:
     def reference(self) -> str:
         return self.study.plan.reference
 
-    def adjusted_p(self, group: Group, method: str) -> float | None:
-        return self.adjusted.get((group.task, group.budget, method))
-
-    def cells(self) -> Iterator[tuple[Group, str, list[Record]]]:
-        """Every cell with its complete records."""
-        for group in self.groups:
-            for method in group.runs:
-                yield group, method, group.done(method)
+    @property
+    def cells(self) -> list[Cell]:
+        return [cell for group in self.groups for cell in group.cells]
 
 
 def analyse(study: StudyResults) -> Analysis:
-    """Summaries, paired comparisons, ratios of seconds and verdicts of all that is complete.
+    """Analyse all runs that are complete.
 
     Raises:
         UserError: a claim is not well formed or names a metric that no run recorded.
     """
     plan, notes = study.plan, list(study.notes)
-    by_place: dict[Key, dict[str, list[RunResult]]] = {}
+    runs: dict[tuple[str, float], dict[str, list[RunResult]]] = {}
     for run in study.runs:
-        by_place.setdefault((run.cell.task, run.cell.budget), {}).setdefault(run.cell.method, []).append(run)
-    cells = {key: _cell(study, key, runs, notes) for key, runs in by_place.items()}
+        runs.setdefault((run.cell.task, run.cell.budget), {}).setdefault(run.cell.method, []).append(run)
+    scores = {key: _scores(study, key, runs[key], notes) for key in runs}
     rng = np.random.default_rng(BOOTSTRAP_SEED)
-    groups = [_group(key, by_place[key], cells[key], plan.reference, rng) for key in by_place]
-    family = [(g.task, g.budget, c.method) for g in groups for c in g.comparisons]
-    p_values = statistics.holm([c.p for g in groups for c in g.comparisons])
+    comparisons = {key: _comparisons(runs[key], scores[key], plan.reference, rng) for key in runs}
+    compared = [(key, method) for key in runs for method in comparisons[key]]
+    p_values = statistics.holm([comparisons[key][method].p for key, method in compared])
+    adjusted = dict(zip(compared, p_values, strict=True))
+    groups = []
+    for key in runs:
+        adjusted_here = {method: p for (place, method), p in adjusted.items() if place == key}
+        groups.append(_group(key, runs[key], scores[key], comparisons[key], adjusted_here, plan.reference))
     stated = claims.read_claims(plan.claims, "study.json: claims")
-    judged = verdicts.judge(stated, cells, plan.command, np.random.default_rng(BOOTSTRAP_SEED), draws=DRAWS)
-    adjusted = dict(zip(family, p_values, strict=True))
-    return Analysis(study, groups, adjusted, judged, notes + _doubts(study), seconds_doubt(study.done))
+    judged = verdicts.judge(stated, scores, plan.command, np.random.default_rng(BOOTSTRAP_SEED), draws=DRAWS)
+    notes += _doubts(study.complete_records)
+    return Analysis(study, tuple(groups), tuple(judged), tuple(notes), seconds_doubt(study.complete_records))
 
 
-def _cell(
-    study: StudyResults, key: Key, runs: Mapping[str, Sequence[RunResult]], notes: list[str]
-) -> verdicts.ScoreCell:
-    records = {method: [run.record for run in of if run.record] for method, of in runs.items()}
-    where = f"{key[0]} at {percent(key[1])}"
+def _scores(
+    study: StudyResults, key: tuple[str, float], runs: Mapping[str, Sequence[RunResult]], notes: list[str]
+) -> GroupScores:
+    """The group's scores; what keeps them from being compared is added to `notes`."""
+    records = {method: [run.record for run in of_method if run.record] for method, of_method in runs.items()}
+    name = f"{key[0]} at {percent(key[1])}"
     try:
-        return verdicts.score_cell(records, study.folder)
+        return group_scores(records, study.folder)
     except UserError as error:
-        notes.append(f"{where}: {error} No interval over examples is given here.")
+        unreadable = f"{name}: {error} No interval over examples is given here."
     try:
-        return verdicts.score_cell(records)
+        scores = group_scores(records)
     except UserError as error:
-        notes[-1] = f"{where} is not compared: {error}"
-        return verdicts.ScoreCell({})
+        notes.append(f"{name} is not compared: {error}")
+        return GroupScores({})
+    notes.append(unreadable)
+    return scores
+
+
+def _primary_metric(runs: Mapping[str, Sequence[RunResult]]) -> str:
+    records = [run.record for of_method in runs.values() for run in of_method if run.record]
+    return records[0].primary_metric if records else ""
+
+
+def _comparisons(
+    runs: Mapping[str, Sequence[RunResult]], scores: GroupScores, reference: str, rng: np.random.Generator
+) -> dict[str, statistics.Comparison]:
+    """By method, in the order of the runs, which decides what each one draws from `rng`."""
+    primary = scores.by_metric.get(_primary_metric(runs), {})
+    return {
+        method: statistics.compare(primary, method, reference, rng, scores.predictions, LEVEL, DRAWS)
+        for method in runs
+        if method != reference
+    }
 
 
 def _group(
-    key: Key, runs: dict[str, list[RunResult]], cell: verdicts.ScoreCell, reference: str, rng: np.random.Generator
+    key: tuple[str, float],
+    runs: Mapping[str, Sequence[RunResult]],
+    scores: GroupScores,
+    comparisons: Mapping[str, statistics.Comparison],
+    adjusted: Mapping[str, float | None],
+    reference: str,
 ) -> Group:
-    records = [run.record for of in runs.values() for run in of if run.record]
-    metric = records[0].primary_metric if records else ""
-    scores = cell.scores.get(metric, {})
-    others = [method for method in runs if method != reference]
-    comparisons = [statistics.compare(scores, m, reference, rng, cell.predictions, LEVEL, DRAWS) for m in others]
-    ratios = {
-        kind: {m: statistics.ratio(cell.scores[kind], m, reference, LEVEL) for m in others}
-        for kind in SECONDS
-        if kind in cell.scores
-    }
-    return Group(
-        *key,
-        metric=metric,
-        runs=runs,
-        cell=cell,
-        summaries=statistics.summarize({m: scores.get(m, {}) for m in runs}, LEVEL),
-        comparisons=comparisons,
-        ratios=ratios,
-    )
-
-
-def in_lanes(record: Record) -> bool:
-    asked = record.config.get("training", {}).get("engine") == "lanes"
-    return asked and not any(w.startswith("training.engine=lanes does not know") for w in record.warnings)
+    task, budget = key
+    metric = _primary_metric(runs)
+    primary = scores.by_metric.get(metric, {})
+    summaries = statistics.summarize({method: primary.get(method, {}) for method in runs}, LEVEL)
+    cells = []
+    for method, of_method in runs.items():
+        kinds = [kind for kind in SECONDS if kind in scores.by_metric and method != reference]
+        ratios = {kind: statistics.ratio(scores.by_metric[kind], method, reference, LEVEL) for kind in kinds}
+        cell = Cell(
+            task=task,
+            budget=budget,
+            method=method,
+            metric=metric,
+            runs=tuple(of_method),
+            summary=summaries[method],
+            comparison=comparisons.get(method),
+            adjusted_p=adjusted.get(method),
+            ratios=ratios,
+            step_seconds=scores.by_metric.get("steady_step_seconds", {}).get(method, {}),
+        )
+        cells.append(cell)
+    return Group(task, budget, metric, tuple(cells))
 
 
 def seconds_doubt(records: Sequence[Record]) -> str:
-    """Why the seconds of these runs are no measure of one method against another; "" where nothing speaks for that.
+    """Why the seconds of these runs do not measure one method against another; "" if nothing speaks against it.
 
-    Runs of one cell may share lanes, as a study trains them: then every method's seconds are shared alike.
+    Runs of one cell may train in lanes at the same time, as a study trains them: then every method's seconds are
+    shared in the same way.
     """
-    mixed, busy = set(), set()
-    for a, b in _side_by_side(records):
-        if in_lanes(a) and in_lanes(b):
-            mixed |= {(r.run_id, r.seed) for r in (a, b) if a.run_id != b.run_id}
+    shared_lanes: set[tuple[str, int]] = set()
+    shared_machine: set[tuple[str, int]] = set()
+    for a, b in _overlapping(records):
+        both = {(a.run_id, a.seed), (b.run_id, b.seed)}
+        if a.engine == b.engine == "lanes":
+            shared_lanes |= both if a.run_id != b.run_id else set()
         else:
-            busy |= {(r.run_id, r.seed) for r in (a, b)}
-    said = []
-    if mixed:
-        said.append(
-            f"{len(mixed)} of {len(records)} runs trained in lanes while runs of other methods or tasks trained too. "
-            "Their seconds are an even share of what all lanes took together, or were measured beside another process: "
-            "good for planning, no measure of one method against another."
+            shared_machine |= both
+    doubts = []
+    if shared_lanes:
+        doubts.append(
+            f"{len(shared_lanes)} of {len(records)} runs trained in lanes while runs of other methods or tasks trained "
+            "too. Their seconds are an equal share of what all lanes took together, or another process slowed them: "
+            "good for planning, but they do not measure one method against another."
         )
-    if busy:
-        said.append(
-            f"{len(busy)} of {len(records)} runs shared the machine with another run of this study: seconds measured "
-            "on a busy machine say little."
+    if shared_machine:
+        doubts.append(
+            f"{len(shared_machine)} of {len(records)} runs shared the machine with another run of this study: seconds "
+            "measured on a busy machine say little."
         )
-    return " ".join(said)
+    return " ".join(doubts)
 
 
-def _side_by_side(records: Sequence[Record]) -> Iterator[tuple[Record, Record]]:
+def _overlapping(records: Sequence[Record]) -> Iterator[tuple[Record, Record]]:
+    """Pairs of runs that trained on the same machine at the same time."""
     ordered = sorted(records, key=lambda r: (r.started, r.run_id, r.seed))
     for i, a in enumerate(ordered):
         for b in ordered[i + 1 :]:
             if b.started >= a.finished:
                 break
-            together = (min(a.finished, b.finished) - b.started).total_seconds()
+            overlap = (min(a.finished, b.finished) - b.started).total_seconds()
             shorter = min(r.finished - r.started for r in (a, b)).total_seconds()
-            if a.machine == b.machine and together > SHARED * shorter:
+            if a.machine == b.machine and overlap > _OVERLAP * shorter:
                 yield a, b
 
 
-def _doubts(study: StudyResults) -> list[str]:
+def _doubts(records: Sequence[Record]) -> list[str]:
     """What a reader should know before believing the numbers."""
-    out = []
-    on_selection = sorted({r.run_id for r in study.done if r.evaluated_on != "dev"})
-    if on_selection:
-        out.append(f"Scored on the validation split, not on dev: {', '.join(on_selection)}.")
-    dirty = [r for r in study.done if r.git_commit and r.git_commit.endswith("-dirty")]
+    doubts = []
+    on_validation = sorted({r.run_id for r in records if r.evaluated_on != "dev"})
+    if on_validation:
+        doubts.append(f"Scored on the validation split, not on dev: {', '.join(on_validation)}.")
+    dirty = [r for r in records if r.git_commit and r.git_commit.endswith("-dirty")]
     if dirty:
-        out.append(f"{len(dirty)} of {len(study.done)} runs were made from source with uncommitted changes.")
-    for what, values in (
-        ("run configs", lambda r: r.config_fingerprint),
-        ("data", lambda r: r.data_fingerprint),
-        ("machines", lambda r: json.dumps(r.machine.model_dump(), sort_keys=True)),
-        ("versions of the software", lambda r: json.dumps(r.versions, sort_keys=True)),
-    ):
-        seen: dict[str, set[str]] = defaultdict(set)
-        for record in study.done:
-            seen[record.run_id].add(values(record))
-        mixed = sorted(run_id for run_id, found in seen.items() if len(found) > 1)
+        doubts.append(f"{len(dirty)} of {len(records)} runs were made from source with uncommitted changes.")
+    same_in_all_seeds: dict[str, Callable[[Record], str]] = {
+        "run configs": lambda r: r.config_fingerprint,
+        "data": lambda r: r.data_fingerprint,
+        "machines": lambda r: json.dumps(r.machine.model_dump(), sort_keys=True),
+        "versions of the software": lambda r: json.dumps(r.versions, sort_keys=True),
+    }
+    for name, value_of in same_in_all_seeds.items():
+        values: dict[str, set[str]] = defaultdict(set)
+        for record in records:
+            values[record.run_id].add(value_of(record))
+        mixed = sorted(run_id for run_id, found in values.items() if len(found) > 1)
         if mixed:
-            out.append(f"The seeds of one run were made with different {what}: {', '.join(mixed)}.")
-    return out
+            doubts.append(f"The seeds of one run were made with different {name}: {', '.join(mixed)}.")
+    return doubts

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import types
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Annotated, Any, Union, get_args, get_origin
 
 from fwlora_lab.config.block import Block
@@ -66,6 +66,15 @@ def set_key(data: dict[str, Any], key: str, value: Any) -> None:
     for part in blocks:
         data = data[part]
     data[last] = value
+
+
+def leaves_of(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Every value of nested dicts with its dotted key, in their order; an empty dict has none."""
+    for name, value in tree.items():
+        if isinstance(value, dict):
+            yield from leaves_of(value, f"{prefix}{name}.")
+        else:
+            yield f"{prefix}{name}", value
 
 
 def search_key(name: str) -> str:

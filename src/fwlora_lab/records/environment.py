@@ -1,4 +1,4 @@
-"""TODO"""
+"""What a run ran with: versions of packages, the git commit of the source, the processor."""
 
 from __future__ import annotations
 
@@ -9,18 +9,20 @@ from pathlib import Path
 
 
 def versions() -> dict[str, str]:
-    """The versions that a result depends on."""
+    """The versions of Python and of the packages that a result depends on."""
     packages = ("torch", "transformers", "peft", "fwlora")
     found = {name: metadata.version(name) for name in packages}
     return {"python": platform.python_version()} | found
 
 
 def git_commit() -> str | None:
-    """The commit of the working directory, with "-dirty" where tracked files were changed."""
+    """The commit that the working directory has checked out, with "-dirty" if tracked files were changed.
 
-    def git(*words: str) -> str:
-        command = ("git", *words)
-        done = subprocess.run(command, capture_output=True, text=True, timeout=10, check=True)
+    None outside a git repository, or if git is not installed.
+    """
+
+    def git(*arguments: str) -> str:
+        done = subprocess.run(("git", *arguments), capture_output=True, text=True, timeout=10, check=True)
         return done.stdout.strip()
 
     try:
@@ -31,7 +33,7 @@ def git_commit() -> str | None:
 
 
 def cpu_name() -> str:
-    """The processor's name as the system gives it."""
+    """The processor's name as the operating system reports it."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:

@@ -1,71 +1,107 @@
-"""What runs and studies leave behind: written in one piece, read by everything that compares runs.
+"""The folder of a run: written in one piece, found again, read, and compared with what a run would leave today.
 
 results_dir/<run_id>/seed-<n>/
-    config.yaml       the resolved run config; `fwlora train run=<this file>` does the run again
+    config.yaml       the resolved run config; `fwlora train run=<this file>` trains the run again
     record.json       a `Record`
-    metrics.json      the final metrics, flat
+    metrics.json      the final metrics as one flat object
     predictions.npz   logits [n, classes] float32 and labels [n] of the last evaluation
     adapter/          the adapter and the head, as PEFT's `PeftModel.from_pretrained` reads them
 
-results_dir/study.json says which of these runs a study is made of, and what it claims: a `StudyPlan`.
+results_dir/study.json lists the runs that a study consists of, and its claims: a `StudyPlan`.
 """
 
 from __future__ import annotations
 
-import json
-import warnings
+import errno
+import os
 import zipfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import filelock
 import numpy as np
 from pydantic import ValidationError
 
 from fwlora_lab.config.fingerprint import fingerprint, in_fingerprint
+from fwlora_lab.config.keys import leaves_of
 from fwlora_lab.config.schema import RunConfig
 from fwlora_lab.config.yaml_writer import to_yaml
 from fwlora_lab.errors import UserError
-from fwlora_lab.files import cannot_write, clear_leftovers, write_folder_atomic
+from fwlora_lab.files import cannot_write, clear_leftovers, json_text, write_folder_atomic
 from fwlora_lab.records.record import Record, Status
 
-ADVICE = "set results_dir=DIR"  # what a user can do where results cannot be written
+ADVICE = "set results_dir=DIR"  # what a user can do if results cannot be written
 
 
-class RunDir:
-    """The folder of one run and seed. All writing happens under `lock()`."""
+class RunFolder:
+    """The folder of one run and seed, `results_dir/run_id/seed-N`.
+
+    Args:
+        results_dir: where the runs of an experiment are kept.
+        run_id: the run's name, one folder name.
+        seed: the run's seed.
+
+    Raises:
+        UserError: the run id is not a folder's name.
+    """
 
     def __init__(self, results_dir: str | Path, run_id: str, seed: int) -> None:
         if run_id in ("", ".", "..") or Path(run_id).name != run_id:
             raise UserError(f"run_id: {run_id!r} cannot name a folder: leave '/' and '..' out.")
-        self.parent = Path(results_dir) / run_id
-        self.path = self.parent / f"seed-{seed}"
-        self._name = self.path.name
+        self.path = Path(results_dir) / run_id / f"seed-{seed}"
+        self._lock_file = self.path.with_name(f".{self.path.name}.lock")
 
     @contextmanager
     def lock(self, wait: bool = True) -> Iterator[bool]:
-        """Hold the run against other processes; yields whether it is held (always so with `wait`).
+        """Hold the run's lock, under which all its writing happens; yields whether it is held.
 
-        Leftovers of writers that were killed are cleared away on entry.
+        On entry, leftovers of writers that were killed are removed.
+
+        Args:
+            wait: until the other process that holds the lock releases it; otherwise False is yielded.
 
         Raises:
             UserError: the folder cannot be made or written.
         """
         try:
-            self.parent.mkdir(parents=True, exist_ok=True)
-            lock = filelock.FileLock(self.parent / f".{self._name}.lock")
+            self._lock_file.parent.mkdir(parents=True, exist_ok=True)
+            lock = filelock.FileLock(self._lock_file)
             lock.acquire(timeout=-1 if wait else 0)
         except filelock.Timeout:
             yield False
             return
         except OSError as error:
-            raise cannot_write(self.parent, error, ADVICE) from error
+            raise cannot_write(self._lock_file.parent, error, ADVICE) from error
         try:
             clear_leftovers(self.path)
             yield True
         finally:
             lock.release()
+
+    def is_locked(self) -> bool:
+        """Whether a process holds the run's lock, which means that it trains the run. False on Windows.
+
+        This asks for a shared lock and releases it at once. That cannot take the lock from a process that holds it; a
+        process that asks for it in the same moment finds it held and has to ask again.
+        """
+        try:
+            import fcntl
+        except ImportError:  # Windows: a run in training is shown as missing
+            return False
+        try:
+            handle = os.open(self._lock_file, os.O_RDONLY)
+        except OSError:
+            return False
+        try:
+            fcntl.flock(handle, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except OSError as error:
+            return error.errno in (errno.EAGAIN, errno.EACCES, errno.EWOULDBLOCK)
+        finally:
+            os.close(handle)
+        return False
 
     def write(
         self,
@@ -76,11 +112,16 @@ class RunDir:
         labels: np.ndarray | None = None,
         save_adapter: Callable[[Path], None] | None = None,
     ) -> None:
-        """Write the run under a temporary name and rename it into place of the former one.
+        """Write the run in one piece, in place of a former one.
+
+        Args:
+            record: a failed one needs nothing else.
+            logits, labels: [n, classes] and [n], of the last evaluation.
+            save_adapter: writes the adapter into the folder whose path it gets.
 
         Raises:
-            UserError: the disk is full or the folder cannot be written; nothing half-written is
-                left, and the former run stays.
+            UserError: the disk is full or the folder cannot be written. Nothing half-written is left, and the former
+                run stays.
         """
 
         def fill(folder: Path) -> None:
@@ -97,10 +138,10 @@ class RunDir:
 
 
 def load_record(path: str | Path) -> Record:
-    """The record at `path`: a `record.json` or the folder that holds it.
+    """The record at `path`, a `record.json` or the folder that it is in.
 
     Raises:
-        UserError: there is none, or it is broken.
+        UserError: there is none, or it cannot be read.
     """
     path = Path(path)
     file = path / "record.json" if path.is_dir() else path
@@ -120,7 +161,11 @@ def load_record(path: str | Path) -> Record:
 
 
 def load_predictions(path: str | Path) -> tuple[np.ndarray, np.ndarray]:
-    """Logits [n, classes] float32 and labels [n] of the last evaluation of the run in `path`."""
+    """Logits [n, classes] float32 and labels [n] of the last evaluation of the run in the folder `path`.
+
+    Raises:
+        UserError: they cannot be read.
+    """
     file = Path(path) / "predictions.npz"
     try:
         with np.load(file, allow_pickle=False) as arrays:
@@ -129,23 +174,42 @@ def load_predictions(path: str | Path) -> tuple[np.ndarray, np.ndarray]:
         raise UserError(f"{file}: the predictions cannot be read ({error}).") from error
 
 
-def find_records(results_dir: str | Path, on_broken: Callable[[str], object] = warnings.warn) -> list[Record]:
-    """All records below `results_dir`, by run id and seed; a broken one is told to `on_broken`."""
-    found = []
+@dataclass(frozen=True)
+class BrokenRecord:
+    """A record that cannot be read: its file, and a message that names the file and says why."""
+
+    path: Path
+    message: str
+
+
+class FoundRecords(NamedTuple):
+    """The records of a results folder, by run id and seed, and the files that cannot be read."""
+
+    records: list[Record]
+    broken: list[BrokenRecord]
+
+
+def find_records(results_dir: str | Path) -> FoundRecords:
+    """All records in `results_dir`; both lists are empty if the folder does not exist."""
+    records, broken = [], []
     for file in sorted(Path(results_dir).glob("*/seed-*/record.json")):
         try:
-            found.append(load_record(file))
+            records.append(load_record(file))
         except UserError as error:
-            on_broken(str(error))
-    return sorted(found, key=lambda record: (record.run_id, record.seed))
+            broken.append(BrokenRecord(file, str(error)))
+    return FoundRecords(sorted(records, key=lambda record: (record.run_id, record.seed)), broken)
 
 
 def status_of(cfg: RunConfig, seed: int, data_fingerprint: str | None) -> Status:
-    """Whether the run is there already, with this config and this data (None: whatever the data).
+    """Whether a run is trained already.
 
-    A record that cannot be read counts as failed.
+    Args:
+        data_fingerprint: of the data that the run would be trained on; None accepts any.
+
+    Returns:
+        "different" for a complete run of another config or other data; "failed" also for a record that cannot be read.
     """
-    folder = RunDir(cfg.results_dir, cfg.run_id, seed).path
+    folder = RunFolder(cfg.results_dir, cfg.run_id, seed).path
     if not (folder / "record.json").exists():
         return "missing"
     try:
@@ -160,14 +224,14 @@ def status_of(cfg: RunConfig, seed: int, data_fingerprint: str | None) -> Status
 
 
 def differences(cfg: RunConfig, record: Record, data_fingerprint: str | None) -> list[str]:
-    """What keeps `record` from being a record of `cfg` on this data: keys with both values."""
+    """What in `record` differs from a run of `cfg` on this data: keys with both values; empty if nothing does."""
     out = []
     if record.config_fingerprint != fingerprint(cfg):
-        asked = dict(_flatten(cfg.model_dump(mode="json")))
-        there = dict(_flatten(record.config))
-        for key in sorted(asked.keys() | there.keys()):
-            if asked.get(key) != there.get(key) and in_fingerprint(key):
-                out.append(f"{key}: {there.get(key)!r} there, {asked.get(key)!r} asked for")
+        asked = dict(leaves_of(cfg.model_dump(mode="json")))
+        recorded = dict(leaves_of(record.config))
+        for key in sorted(asked.keys() | recorded.keys()):
+            if asked.get(key) != recorded.get(key) and in_fingerprint(key):
+                out.append(f"{key}: {recorded.get(key)!r} there, {asked.get(key)!r} asked for")
         if not out:
             out.append("config fingerprint (written by another version of the config schema)")
     if data_fingerprint is not None and record.data_fingerprint != data_fingerprint:
@@ -179,16 +243,3 @@ def _flat_metrics(record: Record) -> dict[str, float]:
     seconds = {} if record.times is None else {"train_seconds": record.times.train_seconds}
     loss = record.epochs[-1].loss
     return record.metrics | ({} if loss is None else {"loss": loss}) | seconds
-
-
-def json_text(content: object) -> str:
-    """JSON with sorted keys and an indent of two, as all files of a results folder have it."""
-    return json.dumps(content, sort_keys=True, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
-
-
-def _flatten(tree: object, prefix: str = "") -> Iterator[tuple[str, object]]:
-    if isinstance(tree, dict):
-        for key, value in tree.items():
-            yield from _flatten(value, f"{prefix}.{key}" if prefix else str(key))
-    else:
-        yield prefix, tree

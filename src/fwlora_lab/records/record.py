@@ -1,4 +1,4 @@
-"""TODO"""
+"""The record of one run: what was trained, on what, and what came out, as it is written to record.json."""
 
 from __future__ import annotations
 
@@ -8,18 +8,21 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, model_validator
 
-from fwlora_lab.config.former_names import with_present_names
+from fwlora_lab.records.former_format import from_version_0_1
 
 SCHEMA_VERSION = 1
+Engine = Literal["lanes", "peft"]
 Status = Literal["missing", "complete", "failed", "different"]
 
 
 class RecordBlock(BaseModel):
+    """Base of everything in a results folder's JSON files: unknown keys, NaN and infinity are refused."""
+
     model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
 
 
 class Failure(RecordBlock):
-    """Why a run failed."""
+    """The exception that ended a run."""
 
     type: str
     message: str
@@ -27,7 +30,15 @@ class Failure(RecordBlock):
 
 
 class Machine(RecordBlock):
-    """Where a run ran, and in which precision its encoder computed. `device` is the accelerator's name, or "cpu"."""
+    """The machine that a run was trained on.
+
+    Attributes:
+        cpu: the processor's name.
+        cores: logical cores of the machine.
+        threads: threads that the run's process computed with.
+        device: the accelerator's name, or "cpu".
+        precision: of the frozen encoder's computations.
+    """
 
     cpu: str
     cores: int
@@ -37,7 +48,13 @@ class Machine(RecordBlock):
 
 
 class BackboneInfo(RecordBlock):
-    """The pretrained encoder: where it came from and how many parameters it has."""
+    """The pretrained encoder.
+
+    Attributes:
+        source: where its files came from.
+        commit: the hub's commit; None for an encoder from a folder or the package.
+        parameters: how many it has, all frozen.
+    """
 
     name: str
     source: str
@@ -46,11 +63,15 @@ class BackboneInfo(RecordBlock):
 
 
 class Parameters(RecordBlock):
-    """Parameters asked for and used.
+    """Numbers of trainable parameters, asked for and used.
 
-    `adapters` is what remains at the end of the run, `adapters_trained` the most that was trained
-    at any time (AdaLoRA starts with more), `percent` is 100·adapters/backbone, `head` is counted
-    apart.
+    Attributes:
+        asked_percent: the budget in percent of the backbone's parameters; None if the config gives a rank.
+        backbone: frozen parameters.
+        adapters: adapter parameters at the end of the run.
+        adapters_trained: the most that were trained at any time; AdaLoRA starts with more than it keeps.
+        head: parameters of the classification head, which are not part of `adapters`.
+        percent: 100 · adapters / backbone.
     """
 
     asked_percent: float | None
@@ -62,7 +83,15 @@ class Parameters(RecordBlock):
 
 
 class Epoch(RecordBlock):
-    """The end of an epoch: its mean training loss, and metrics and loss of the evaluation."""
+    """The state at the end of one epoch.
+
+    Attributes:
+        epoch: counted from 1.
+        step: optimizer steps since the start of the run.
+        train_loss: mean over the epoch's steps.
+        metrics: of the evaluation, as fractions.
+        loss: of the evaluation; None if it is not finite.
+    """
 
     epoch: int
     step: int
@@ -73,10 +102,17 @@ class Epoch(RecordBlock):
 
 
 class Times(RecordBlock):
-    """Seconds. Training leaves evaluation out; it is `fisher` + `steady`, the sum of `phases`.
+    """Seconds of a run.
 
-    With training.engine=lanes they are the run's even share of what all lanes took together: good for planning,
-    no measure of one method against another.
+    In the lane engine they are the run's equal share of what all lanes took together: good for planning, but they do
+    not measure one method against another.
+
+    Attributes:
+        train_seconds: training without evaluation; warmup_seconds + steady_seconds, and the sum of `phases`.
+        warmup_seconds: steps of FW-LoRA's warm-up, in which the Fisher proxy is gathered; 0 for other methods.
+        steady_seconds: all other training steps.
+        eval_seconds: evaluation after every epoch.
+        phases: training seconds by the name of the method's phase.
     """
 
     train_seconds: float
@@ -87,8 +123,15 @@ class Times(RecordBlock):
 
 
 class MatrixRow(RecordBlock):
-    """One frozen matrix: its adapter's rank, F, importance and penalty weight where the method has
-    them, and `delta_norm` = ‖ΔW‖_F at the end of the run."""
+    """One adapted matrix at the end of the run.
+
+    Attributes:
+        rank: of its adapter.
+        fisher: Fisher proxy F; None if the method has none, as for `importance` and `weight`.
+        importance: its share I of the sum of all F.
+        weight: its weight in the penalty.
+        delta_norm: Frobenius norm ‖ΔW‖_F of the learned update.
+    """
 
     name: str
     rank: int
@@ -99,13 +142,29 @@ class MatrixRow(RecordBlock):
 
 
 class Record(RecordBlock):
-    """Everything known about one run (one config, one seed); `complete` or `failed`, never half."""
+    """Everything known about one run (one config, one seed) that is over.
+
+    Attributes:
+        method: the method's short name.
+        engine: the engine that trained the run, which is PEFT's if lanes do not support the config.
+        error: why a failed run failed.
+        command: the command line that trained the run.
+        git_commit: of the source; ends in "-dirty" if tracked files were changed.
+        config: the resolved run config.
+        config_fingerprint: sha256 of what in the config changes the result (`config.fingerprint`).
+        data_fingerprint: sha256 of the texts, labels and splits.
+        evaluated_on: the split of the metrics, "dev" or "validation".
+        primary_metric: the metric that methods are compared by.
+        epochs: those that were finished, in their order.
+        steps: optimizer steps that were made, out of `total_steps`.
+        peak_memory_bytes: of the process, or of the GPU.
+    """
 
     schema_version: Literal[1] = SCHEMA_VERSION
     run_id: str
     seed: int
     method: str
-    engine: Literal["lanes", "peft"] | None = None
+    engine: Engine
     status: Literal["complete", "failed"]
     error: Failure | None = None
     started: datetime
@@ -134,25 +193,10 @@ class Record(RecordBlock):
 
     @model_validator(mode="before")
     @classmethod
-    def _former_names(cls, data: Any) -> Any:
-        """Read what version 0.1 wrote under other names."""
-        if not isinstance(data, Mapping) or "arm" not in data:
-            return data
-        data = {("method" if key == "arm" else key): value for key, value in data.items()}
-        if data.get("evaluated_on") == "selection":
-            data["evaluated_on"] = "validation"
-        if isinstance(data.get("config"), Mapping):
-            data["config"] = with_present_names(data["config"])
-        if isinstance(data.get("times"), Mapping):
-            watches = data["method"] == "fw_lora"
-            phases = {"fisher": "warmup", "steady": "penalty" if watches else "training"}
-            times = {("warmup_seconds" if key == "fisher_seconds" else key): v for key, v in data["times"].items()}
-            if isinstance(times.get("phases"), Mapping):
-                times["phases"] = {phases.get(name, name): seconds for name, seconds in times["phases"].items()}
-            data["times"] = times
-        return data
+    def _read_version_0_1(cls, data: Any) -> Any:
+        return from_version_0_1(data) if isinstance(data, Mapping) and "arm" in data else data
 
     @property
     def metrics(self) -> dict[str, float]:
-        """The metrics of the last evaluation; empty where there was none."""
+        """The metrics of the last evaluation; empty if there was none."""
         return self.epochs[-1].metrics if self.epochs else {}

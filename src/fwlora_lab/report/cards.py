@@ -1,20 +1,30 @@
-"""TODO"""
+"""Verdicts as the page shows them: numbers in words, and a line with the claim's region and the intervals."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
-from fwlora_lab.analysis import claims, verdicts
-from fwlora_lab.analysis.read import seeds_text
+from fwlora_lab.analysis.claims import Claim
+from fwlora_lab.analysis.results import seeds_text
 from fwlora_lab.analysis.study import Analysis
-from fwlora_lab.report.formatting import minus, p_value, scaled_entry, span
+from fwlora_lab.analysis.verdicts import Verdict
+from fwlora_lab.report.formatting import interval_text, minus, p_value, scaled
+
+_ORDER = ("fails", "undecided", "holds")
 
 
 @dataclass(frozen=True)
 class Strip:
-    """A claim on a line, in percent of its length: region and intervals (start, length), borders and estimate."""
+    """A claim drawn on a line; all numbers are percent of the line's length.
+
+    Attributes:
+        region: where the claim is true, (start, length).
+        borders: of the region, each with its label.
+        interval: t interval at the nominal level, (start, length).
+        family: the interval that decides, (start, length).
+    """
 
     region: tuple[float, float]
     borders: list[tuple[float, str]]
@@ -25,27 +35,36 @@ class Strip:
 
 @dataclass(frozen=True)
 class Card:
-    """A verdict in words; `doubt` says why its seconds may not compare."""
+    """A verdict with its numbers in words.
 
-    verdict: verdicts.Verdict
+    Attributes:
+        numbers: by what they are.
+        strip: None without an estimate.
+        seconds_doubt: why the verdict's seconds may not compare methods; "" if they do, or if it is not about seconds.
+    """
+
+    verdict: Verdict
     numbers: dict[str, str]
     strip: Strip | None
-    doubt: str
+    seconds_doubt: str
 
     @property
     def text(self) -> str:
         return "; ".join(f"{name} {value}" for name, value in self.numbers.items())
 
 
+def losses_first(verdicts: Iterable[Verdict]) -> list[Verdict]:
+    """Claims that fail, then undecided ones, then those that hold."""
+    return sorted(verdicts, key=lambda verdict: _ORDER.index(verdict.state))
+
+
 def cards(analysis: Analysis) -> list[Card]:
     """The verdicts, losses first."""
-    order = ("fails", "undecided", "holds")
-    found = sorted(analysis.verdicts, key=lambda v: order.index(v.state))
-    return [_card(v, analysis.seconds_doubt if v.claim.is_ratio and v.n else "") for v in found]
+    return [_card(v, analysis.seconds_doubt if v.claim.is_ratio and v.n else "") for v in losses_first(analysis.verdicts)]
 
 
-def _unit(claim: claims.Claim) -> tuple[float, str, Callable[[float], str]]:
-    """The factor from a claim's θ to what is shown, the unit, and how a number is written."""
+def _unit(claim: Claim) -> tuple[float, str, Callable[[float], str]]:
+    """The factor from a claim's θ to the number that is shown, its unit, and how such a number is written."""
     if claim.is_ratio:
         return 1.0, f"× {claim.reference}", lambda v: f"{v:.3f}"
     if claim.is_time:
@@ -53,7 +72,7 @@ def _unit(claim: claims.Claim) -> tuple[float, str, Callable[[float], str]]:
     return 100.0, "points", lambda v: minus(f"{v:{'+' if claim.reference else ''}.2f}")
 
 
-def _card(v: verdicts.Verdict, doubt: str) -> Card:
+def _card(v: Verdict, seconds_doubt: str) -> Card:
     factor, unit, show = _unit(v.claim)
     numbers = {}
     if v.estimate is not None:
@@ -64,27 +83,24 @@ def _card(v: verdicts.Verdict, doubt: str) -> Card:
         ("over seeds and examples ({:.4g} %)", v.two_way_interval),
     ):
         if interval is not None:
-            told = span(interval, lambda value: show(factor * value))
-            numbers[name.format(100 * interval.level)] = f"{told} {unit}"
+            ends = interval_text(interval, lambda value: show(factor * value))
+            numbers[name.format(100 * interval.level)] = f"{ends} {unit}"
     if v.p is not None:
         numbers["p, Holm"] = p_value(v.p)
     numbers["seeds"] = f"{v.n} ({seeds_text(v.seeds).split(' ', 1)[1]})" if v.n else "none"
-    return Card(v, numbers, _strip(v, factor, show), doubt)
+    return Card(v, numbers, _strip(v, factor, show), seconds_doubt)
 
 
-def _strip(v: verdicts.Verdict, factor: float, show: Callable[[float], str]) -> Strip | None:
+def _strip(v: Verdict, factor: float, show: Callable[[float], str]) -> Strip | None:
     if v.estimate is None:
         return None
-    estimate, interval, family = (
-        factor * v.estimate,
-        scaled_entry(v.interval, factor),
-        scaled_entry(v.family_interval, factor),
-    )
+    estimate = factor * v.estimate
+    interval, family = scaled(v.interval, factor), scaled(v.family_interval, factor)
     low, high = (factor * border for border in v.claim.region)
     borders = [b for b in (low, high) if math.isfinite(b)]
-    seen = [estimate, *borders, *(interval or ()), *(family or ())]
-    room = 0.08 * (max(seen) - min(seen)) or 0.05 * abs(estimate) or 1.0
-    left, right = min(seen) - room, max(seen) + room
+    shown = [estimate, *borders, *(interval or ()), *(family or ())]
+    margin = 0.08 * (max(shown) - min(shown)) or 0.05 * abs(estimate) or 1.0
+    left, right = min(shown) - margin, max(shown) + margin
 
     def at(value: float) -> float:
         return round(100 * (min(max(value, left), right) - left) / (right - left), 2)

@@ -1,16 +1,14 @@
-"""Figures as SVG to be put into a page: drawn by Matplotlib, coloured by the page, harmless whatever their labels say.
+"""Figures drawn by Matplotlib, as SVG to be put into the page.
 
-Every function takes plain numbers and returns the text of one `<svg>`. Nothing is drawn in a fixed colour: the inks
-below are replaced by the page's CSS variables, so that one figure serves light and dark. A figure is about 280 units
-wide, a little less than a telephone, with text of 9 to 10 units.
+Every function takes plain numbers and returns the text of one `<svg>`. No colour is fixed: the colours below are
+placeholders that become the page's CSS variables, so that one figure fits both light and dark pages. A figure is about
+280 units wide, a little less than a telephone, with text of 9 to 10 units.
 """
 
 from __future__ import annotations
 
 import io
 import math
-import re
-import xml.etree.ElementTree as ElementTree
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -21,10 +19,12 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Patch, Rectangle
 from matplotlib.ticker import FixedLocator, MaxNLocator, NullLocator
 
+from fwlora_lab.report import svg
+
 METHOD_COLOURS = 6  # --m0 … --m5 of the page
-HEAT_TURNS = 0.63  # the opacity from which a number on --heat is read better in --on-strong than in --on-pale
+HEAT_TURNS = 0.63  # from this opacity of --heat on, a number is easier to read in --on-strong than in --on-pale
 _MARKERS = "osD^vPX"  # seven, so that a seventh method differs from the first in one of the two
-# What Matplotlib draws with, and what the page puts in its place.
+# The placeholders that Matplotlib draws with, and the CSS variables that replace them.
 _NAMES = ("--ink", "--muted", "--line", "--surface", "--heat", "--on-pale", "--on-strong")
 _INK, _MUTED, _GRID, _SURFACE, _HEAT, _ON_PALE, _ON_STRONG = (f"#0a0a{i:02x}" for i in range(len(_NAMES)))
 _VARIABLES = {f"#0a0a{i:02x}": name for i, name in enumerate(_NAMES)} | {
@@ -59,7 +59,14 @@ _WIDTH = 3.9  # inches, of 72 units
 
 @dataclass(frozen=True)
 class Row:
-    """A line of a dot plot: `points[seed]`, their mean, its interval and a wider one; `colour` counts the methods."""
+    """A line of a dot plot.
+
+    Attributes:
+        colour: the method's number.
+        points: the value of each seed.
+        interval: of the mean.
+        wider: a second interval, drawn thin.
+    """
 
     label: str
     colour: int
@@ -71,7 +78,13 @@ class Row:
 
 @dataclass(frozen=True)
 class Curve:
-    """A method over x: its mean with intervals (None where there is none), and thin lines for its seeds."""
+    """A method's mean over x, and its seeds.
+
+    Attributes:
+        colour: the method's number.
+        intervals: of the means; empty, or one (or None) for each x.
+        seeds: points (x, y); by seed in learning curves, by x over budgets.
+    """
 
     label: str
     colour: int
@@ -82,12 +95,12 @@ class Curve:
 
 
 def colour_of(index: int) -> str:
-    """The CSS variable of the method that comes at `index`."""
+    """The CSS variable of the method with this number."""
     return f"--m{index % METHOD_COLOURS}"
 
 
 def dots(rows: Sequence[Row], xlabel: str, zero: bool = False) -> str:
-    """Every seed as a dot, the mean with its interval below them; `zero` marks 0 and keeps it in sight."""
+    """Every seed as a dot, and below them the mean with its interval; `zero` draws a line at 0."""
 
     def draw(figure: Figure) -> None:
         axes = figure.add_subplot()
@@ -96,7 +109,7 @@ def dots(rows: Sequence[Row], xlabel: str, zero: bool = False) -> str:
         for y, row in enumerate(rows):
             colour, marker = _colour(row.colour), _marker(row.colour)
             values = list(row.points.values())
-            # Equal or nearly equal seeds would hide each other: every second one stands a little higher.
+            # Every second seed is drawn a little higher, because equal ones would hide each other.
             heights = [y - 0.2 - 0.11 * (i % 2) for i in range(len(values))]
             axes.scatter(values, heights, s=16, color=colour, marker=marker, alpha=0.6, linewidth=0)
             if row.wider is not None:
@@ -128,7 +141,7 @@ def dots(rows: Sequence[Row], xlabel: str, zero: bool = False) -> str:
 
 
 def against_budget(curves: Sequence[Curve], ylabel: str) -> str:
-    """Means with intervals over the budget in percent; methods stand beside each other at every budget."""
+    """Means with intervals over the budget in percent; at every budget the methods are drawn next to each other."""
 
     def draw(figure: Figure) -> None:
         axes = figure.add_subplot()
@@ -184,12 +197,12 @@ def curves(series: Sequence[Curve], xlabel: str, ylabel: str) -> str:
 
 
 def heat_strength(share: float) -> float:
-    """The opacity of a heat map's colour for a value's share of the largest; 0 still shows that there is a cell."""
+    """The opacity in a heat map for a value's share of the largest; above 0, so that a cell of 0 can be seen."""
     return 0.05 + 0.95 * share
 
 
 def heat(values: Sequence[Sequence[float | None]], rows: Sequence[str], columns: Sequence[str], top: float) -> str:
-    """A map of `values[row][column]` ≥ 0, the more the stronger the colour, full at `top`; a gap is left empty."""
+    """A heat map of `values[row][column]` ≥ 0, in the full colour at `top`; None is left empty."""
 
     def draw(figure: Figure) -> None:
         axes = figure.add_subplot()
@@ -216,7 +229,7 @@ def heat(values: Sequence[Sequence[float | None]], rows: Sequence[str], columns:
 
 
 def stacks(rows: Sequence[tuple[str, int, Sequence[float]]], parts: Sequence[str], xlabel: str) -> str:
-    """Horizontal bars of (label, colour, length of each part), the parts told apart by strength."""
+    """Horizontal bars of (label, colour, length of each part); the parts differ in the strength of the colour."""
     strengths = [0.95, 0.5, 0.18][: len(parts)]
 
     def draw(figure: Figure) -> None:
@@ -246,30 +259,16 @@ def stacks(rows: Sequence[tuple[str, int, Sequence[float]]], parts: Sequence[str
     return _render(draw, (_WIDTH, 0.95 + 0.34 * max(1, len(rows))))
 
 
-def foreign(svg: str) -> str | None:
-    """Somebody else's SVG, harmless to a page: what is not drawing is dropped. None where it is no SVG."""
-    try:
-        return _harmless(svg)
-    except (ElementTree.ParseError, ValueError):
-        return None
-
-
-def with_ids(svg: str, prefix: str) -> str:
-    """Give the ids of one page's figures different beginnings: clip paths of one must not cut the other."""
-    svg = re.sub(r'\bid="', f'id="{prefix}-', svg)
-    return re.sub(r'(url\(|href=")#', rf"\g<1>#{prefix}-", svg)
-
-
 def _render(draw: Any, size: tuple[float, float]) -> str:
     with rc_context(_STYLE):
         figure = Figure(figsize=size, layout="constrained")
         draw(figure)
         text = io.StringIO()
         figure.savefig(text, format="svg", metadata={"Date": None, "Creator": None, "Format": None, "Type": None})
-    svg = _harmless(text.getvalue())
+    drawing = svg.only_drawing(text.getvalue())
     for ink, variable in _VARIABLES.items():
-        svg = svg.replace(ink, f"var({variable})")
-    return svg
+        drawing = drawing.replace(ink, f"var({variable})")
+    return drawing
 
 
 def _colour(index: int) -> str:
@@ -286,7 +285,7 @@ def _short(text: str, most: int = 14) -> str:
 
 
 def _three(value: float) -> str:
-    """Three figures at most, without a zero before the point: room is scarce in a heat map."""
+    """At most three digits, without a zero before the point, because a cell of a heat map is small."""
     if value == 0:
         return "0"
     digits = max(0, 1 - math.floor(math.log10(abs(value)))) if abs(value) < 10 else 0
@@ -300,53 +299,3 @@ def _legend(axes: Axes, methods: int) -> None:
         figure.legend(
             loc="outside upper left", ncols=min(methods, 4), handlelength=1.4, columnspacing=1.0, handletextpad=0.4
         )
-
-
-_SVG = "{http://www.w3.org/2000/svg}"
-_HREF = "{http://www.w3.org/1999/xlink}href"
-_ELEMENTS = set(
-    "svg g defs path use clipPath rect circle ellipse line polyline polygon text tspan title desc image "
-    "linearGradient radialGradient stop".split()
-)
-_ATTRIBUTES = set(
-    "id d x y x1 y1 x2 y2 cx cy r rx ry width height viewBox transform style class points fill stroke opacity "
-    "fill-opacity stroke-opacity stroke-width stroke-dasharray stroke-linecap stroke-linejoin clip-path clip-rule "
-    "fill-rule offset stop-color stop-opacity gradientTransform gradientUnits preserveAspectRatio text-anchor "
-    "font-size font-family font-weight clipPathUnits".split()
-)
-
-
-def _harmless(svg: str) -> str:
-    """The drawing of an SVG document without its prolog, style sheets, scripts, links and foreign fonts."""
-    root = ElementTree.fromstring(svg)
-    if root.tag != f"{_SVG}svg":
-        raise ValueError("the document is no SVG")
-    _clean(root)
-    root.set("xmlns", "http://www.w3.org/2000/svg")
-    # What Matplotlib says in a style sheet, which would reach the whole page.
-    root.set("style", "stroke-linejoin:round;stroke-linecap:butt")
-    for key in ("width", "height", "class", "id"):
-        root.attrib.pop(key, None)
-    return ElementTree.tostring(root, encoding="unicode")
-
-
-def _clean(node: ElementTree.Element) -> None:
-    node.tag = node.tag.removeprefix(_SVG)
-    href = node.attrib.pop(_HREF, None) or node.attrib.pop("href", None)
-    for key, value in list(node.attrib.items()):
-        outside = re.search(r"url\(\s*['\"]?(?!#)|@import|expression|javascript:|\\", value, re.IGNORECASE)
-        if key not in _ATTRIBUTES or (outside and key != "d"):
-            del node.attrib[key]
-    if href is not None and href.startswith(("#", "data:image/png;base64,")):
-        node.set("href", href)
-    if "style" in node.attrib:
-        node.set("style", re.sub(r"font: (?:[a-z0-9]+ )*?([\d.]+px)[^;]*", r"font-size: \1", node.attrib["style"]))
-        node.set("style", re.sub(r"font-family: [^;]*;? ?", "", node.attrib["style"]))
-    if node.tag not in ("text", "tspan", "title", "desc"):
-        node.text = None
-    node.tail = None
-    for child in list(node):
-        if isinstance(child.tag, str) and child.tag.removeprefix(_SVG) in _ELEMENTS:
-            _clean(child)
-        else:
-            node.remove(child)

@@ -1,20 +1,12 @@
-"""TODO"""
+"""Numbers as they are shown: points, seconds, ratios, p-values, intervals; "–" for a number that there is not."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
 
-from fwlora_lab.analysis import intervals
+from fwlora_lab.analysis.intervals import Interval
 
-
-class Entry(NamedTuple):
-    """A cell of a table: what is shown, and what it is sorted by and copied as."""
-
-    text: str
-    value: str | float | int | None
-
-
+# Names of the kinds of seconds: those that ratios are of, and the parts of a run.
 SECONDS_OF = {
     "train_seconds": "training",
     "fisher_step_seconds": "a step of the Fisher phase",
@@ -25,18 +17,21 @@ PHASES = {"warmup_seconds": "Fisher phase", "steady_seconds": "steady steps", "e
 
 
 def minus(text: str) -> str:
+    """The text with the minus sign of typography in place of hyphens."""
     return text.replace("-", "−")
 
 
 def points(value: float | None, signed: bool = False) -> str:
+    """A fraction in points (hundredths), with two decimals."""
     return "–" if value is None else minus(f"{100 * value:{'+' if signed else ''}.2f}")
 
 
-def signed(value: float | None) -> str:
+def signed_points(value: float | None) -> str:
+    """The same for a difference, with its sign."""
     return points(value, signed=True)
 
 
-def times(value: float | None) -> str:
+def ratio(value: float | None) -> str:
     return "–" if value is None else f"{value:.3f}"
 
 
@@ -48,32 +43,23 @@ def p_value(value: float | None) -> str:
     return "–" if value is None else "< 0.001" if value < 0.001 else f"{value:.3f}" if value < 0.1 else f"{value:.2f}"
 
 
-def span(interval: intervals.Interval | None, show: Callable[[float], str]) -> str:
+def interval_text(interval: Interval | None, show: Callable[[float], str]) -> str:
+    """Both ends, each as `show` writes it."""
     return "–" if interval is None else f"{show(interval.low)} to {show(interval.high)}"
 
 
-def words(metric: str) -> str:
-    return metric.replace("_", " ")
-
-
-def seeds_word(seeds: Sequence[int]) -> str:
-    """Seeds as a command line takes them: 0..5, or 0,2,7."""
-    first, last = min(seeds), max(seeds)
-    whole = len(seeds) > 2 and sorted(seeds) == list(range(first, last + 1))
-    return f"{first}..{last}" if whole else ",".join(map(str, seeds))
-
-
-def count_entry(value: int | None) -> Entry:
-    return Entry("–" if value is None else f"{value:,}", value)
-
-
-def number_entry(value: float | None, form: str) -> Entry:
-    return Entry("–" if value is None else minus(f"{value:{form}}"), value)
-
-
-def points_entry(value: float | None, show: Callable[[float], str] = points) -> Entry:
-    return Entry("–" if value is None else show(value), None if value is None else 100 * value)
-
-
-def scaled_entry(interval: intervals.Interval | None, factor: float) -> tuple[float, float] | None:
+def scaled(interval: Interval | None, factor: float) -> tuple[float, float] | None:
+    """Both ends times `factor`, such as 100 for points."""
     return None if interval is None else (factor * interval.low, factor * interval.high)
+
+
+def words(name: str) -> str:
+    """The name of a metric or key as it is shown: `matthews_correlation` as "matthews correlation"."""
+    return name.replace("_", " ")
+
+
+def seeds_argument(seeds: Sequence[int]) -> str:
+    """Seeds as the command line takes them: 0..5, or 0,2,7."""
+    first, last = min(seeds), max(seeds)
+    is_range = len(seeds) > 2 and sorted(seeds) == list(range(first, last + 1))
+    return f"{first}..{last}" if is_range else ",".join(map(str, seeds))

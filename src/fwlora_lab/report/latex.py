@@ -1,10 +1,10 @@
-"""TODO"""
+"""The report's table for a paper, in LaTeX."""
 
 from __future__ import annotations
 
-from fwlora_lab.analysis.read import percent
-from fwlora_lab.analysis.study import Analysis
-from fwlora_lab.report.formatting import p_value, points, span, times
+from fwlora_lab.analysis.results import percent
+from fwlora_lab.analysis.study import Analysis, Cell
+from fwlora_lab.report.formatting import interval_text, p_value, points, ratio, signed_points
 
 _TEX = {c: f"\\{c}" for c in "#$%&_{}"} | {
     "\\": r"\textbackslash{}",
@@ -19,7 +19,7 @@ _TEX = {c: f"\\{c}" for c in "#$%&_{}"} | {
 
 
 def latex(text: str) -> str:
-    """Text as LaTeX shows it, on one line; what is not printable becomes a question mark."""
+    """The text in LaTeX's spelling, on one line; a character that cannot be printed becomes a question mark."""
     return "".join(_TEX.get(c, c if c.isprintable() else "?") for c in " ".join(text.split()))
 
 
@@ -33,19 +33,22 @@ def latex_table(analysis: Analysis) -> str:
         r"\toprule",
         f"Task & Budget & Method & Seeds & Mean (interval) & Difference from {latex(reference)} & $p$ & Time \\\\",
     ]
-    for g in analysis.groups:
+    for group in analysis.groups:
         lines.append(r"\midrule")
-        compared = {c.method: c for c in g.comparisons}
-        for method, s in g.summaries.items():
-            c = compared.get(method)
-            ratio = g.ratios.get("train_seconds", {}).get(method)
-            mean = points(s.mean) + (f" ({span(s.interval, points)})" if s.interval else "")
-            difference = "" if c is None else points(c.mean, True)
-            if c is not None and c.interval:
-                difference += f" ({span(c.interval, lambda v: points(v, True))})"
-            time = "1" if c is None else "" if ratio is None else times(ratio.mean)
-            cells = [g.task, percent(g.budget), method, str(s.n), mean, difference]
-            cells += ["" if c is None else p_value(analysis.adjusted_p(g, method)), time]
-            lines.append(" & ".join(map(latex, cells)) + r" \\")
+        lines += [" & ".join(map(latex, _entries(cell))) + r" \\" for cell in group.cells]
     lines += [r"\bottomrule", r"\end{tabular}"]
     return "\n".join(lines) + "\n"
+
+
+def _entries(cell: Cell) -> list[str]:
+    """One line of the table; a column without a number is empty."""
+    summary, comparison = cell.summary, cell.comparison
+    mean = points(summary.mean) + (f" ({interval_text(summary.interval, points)})" if summary.interval else "")
+    entries = [cell.task, percent(cell.budget), cell.method, str(summary.n), mean]
+    if comparison is None:  # the reference
+        return [*entries, "", "", "1"]
+    difference = signed_points(comparison.mean)
+    if comparison.interval:
+        difference += f" ({interval_text(comparison.interval, signed_points)})"
+    seconds = cell.ratios.get("train_seconds")
+    return [*entries, difference, p_value(cell.adjusted_p), "" if seconds is None else ratio(seconds.mean)]

@@ -1,4 +1,4 @@
-"""Model cards for the adapters that runs kept: the hub's metadata, the record's numbers, how to load it, limits."""
+"""Model cards for the adapters that runs kept: the hub's metadata, the record's numbers, how to load them, limits."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from typing import Any
 
 import yaml
 
-from fwlora_lab.analysis.study import Analysis, Group
+from fwlora_lab.analysis.study import Analysis, Cell
 from fwlora_lab.catalog.encoders import MINILM
 from fwlora_lab.catalog.tasks import GLUE_REPOSITORY
 from fwlora_lab.errors import UserError
-from fwlora_lab.records.folder import RunDir, load_predictions
+from fwlora_lab.records.folder import RunFolder, load_predictions
 from fwlora_lab.records.record import Record
 from fwlora_lab.report.templates import render
 
@@ -22,36 +22,36 @@ _SIGNATURE = "written by fwlora report; it writes this card again as long as nob
 
 
 def model_cards(analysis: Analysis) -> dict[Path, str]:
-    """A card's path and text for each adapter that has none by a person."""
-    out = {}
-    for g, method, records in analysis.cells():
-        for record in records:
-            run = RunDir(analysis.study.folder, record.run_id, record.seed).path
+    """The path and text of a card for each adapter that has no card written by a person."""
+    cards = {}
+    for cell in analysis.cells:
+        for record in cell.records:
+            run = RunFolder(analysis.study.folder, record.run_id, record.seed).path
             card = run / "adapter" / "README.md"
-            if (run / "adapter" / "adapter_config.json").is_file() and _is_free(card):
-                text = _card(analysis, g, method, record, run)
-                out[card] = f"{text}\n<!-- {_SIGNATURE}{_digest(text)} -->\n"
-    return out
+            if (run / "adapter" / "adapter_config.json").is_file() and _may_be_written(card):
+                text = _card(analysis, cell, record, run)
+                cards[card] = f"{text}\n<!-- {_SIGNATURE}{_digest(text)} -->\n"
+    return cards
 
 
-def _is_free(card: Path) -> bool:
-    """Whether there is no card, or one that no person had a hand in."""
+def _may_be_written(card: Path) -> bool:
+    """Whether there is no card, or one that no person has written or changed."""
     try:
-        there = card.read_text(encoding="utf-8")
+        existing = card.read_text(encoding="utf-8")
     except FileNotFoundError:
         return True
     except (OSError, UnicodeDecodeError):
         return False
-    text, _, signature = there.rpartition(f"\n<!-- {_SIGNATURE}")
-    return signature == f"{_digest(text)} -->\n" or _is_pefts(there)
+    text, _, signature = existing.rpartition(f"\n<!-- {_SIGNATURE}")
+    return signature == f"{_digest(text)} -->\n" or _is_peft_template(existing)
 
 
 def _digest(text: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-def _is_pefts(text: str) -> bool:
-    """Whether the card is the form that PEFT leaves, with nothing filled in."""
+def _is_peft_template(text: str) -> bool:
+    """Whether the card is the empty template that PEFT writes."""
     from huggingface_hub import ModelCard, ModelCardData
 
     found = re.match(r"---\n(.*?\n)---\n(.*)\Z", text, re.DOTALL)
@@ -63,15 +63,14 @@ def _is_pefts(text: str) -> bool:
     return False
 
 
-def _card(analysis: Analysis, g: Group, method: str, record: Record, run: Path) -> str:
-    model, data = record.config.get("model", {}), record.config.get("dataset", {})
-    asked, glue = str(model.get("pretrained_id")), data.get("name") == "glue"
-    on_hub = MINILM.hub_id if asked == MINILM.pretrained_id else asked if record.backbone.commit else None
+def _card(analysis: Analysis, cell: Cell, record: Record, run: Path) -> str:
+    data = record.config.get("dataset", {})
+    is_glue, hub_id = data.get("name") == "glue", _hub_id(record)
     dataset = {
-        "name": f"GLUE {g.task}" if glue else g.task,
-        "type": GLUE_REPOSITORY if glue else str(data.get("name")),
+        "name": f"GLUE {cell.task}" if is_glue else cell.task,
+        "type": GLUE_REPOSITORY if is_glue else str(data.get("name")),
         "split": data.get("eval_split") if record.evaluated_on == "dev" else "train",
-    } | ({"config": data.get("subset")} if glue else {})
+    } | ({"config": data.get("subset")} if is_glue else {})
     result = {
         "task": {"type": "text-classification"},
         "dataset": dataset,
@@ -84,22 +83,31 @@ def _card(analysis: Analysis, g: Group, method: str, record: Record, run: Path) 
         "metrics": list(record.metrics),
         "model-index": [{"name": f"{record.run_id}-seed-{record.seed}", "results": [result]}],
     }
-    header |= {"base_model": on_hub} if on_hub else {}
-    header |= {"datasets": [GLUE_REPOSITORY]} if glue else {}
+    header |= {"base_model": hub_id} if hub_id else {}
+    header |= {"datasets": [GLUE_REPOSITORY]} if is_glue else {}
     return render(
         "card.md",
         header=yaml.safe_dump(header, sort_keys=True, allow_unicode=True).strip(),
         record=record,
-        method=method,
-        task=g.task,
-        mean=g.summaries[method],
-        base=on_hub or "FOLDER_OF_THE_BASE_MODEL",
+        method=cell.method,
+        task=cell.task,
+        summary=cell.summary,
+        base=hub_id or "FOLDER_OF_THE_BASE_MODEL",
         classes=_classes(run),
-        about=analysis.study.plan.methods.get(method, ""),
+        about=analysis.study.plan.methods.get(cell.method, ""),
     )
 
 
+def _hub_id(record: Record) -> str | None:
+    """The base model on the hub; None for one from a folder."""
+    pretrained_id = str(record.config.get("model", {}).get("pretrained_id"))
+    if pretrained_id == MINILM.pretrained_id:
+        return MINILM.hub_id
+    return pretrained_id if record.backbone.commit else None
+
+
 def _classes(run: Path) -> int | None:
+    """The width of the head; None without predictions."""
     with suppress(UserError):
         return load_predictions(run)[0].shape[1]
     return None

@@ -1,25 +1,39 @@
-"""TODO"""
+"""The report's pictures of scores, differences, learning curves and seconds; each has its numbers as text and as CSV."""
 
 from __future__ import annotations
 
 import hashlib
 import re
-from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
-from fwlora_lab.analysis.read import percent
-from fwlora_lab.analysis.study import Analysis, Group
-from fwlora_lab.records.record import Epoch, Record
-from fwlora_lab.report import figures
-from fwlora_lab.report.formatting import PHASES, minus, points, scaled_entry, seconds, signed, span, words
-from fwlora_lab.report.tables import to_csv
+from fwlora_lab.analysis.results import percent
+from fwlora_lab.analysis.study import Analysis, Cell, Group
+from fwlora_lab.files import csv_text
+from fwlora_lab.records.record import Epoch
+from fwlora_lab.report import figures, svg
+from fwlora_lab.report.formatting import (
+    PHASES,
+    interval_text,
+    minus,
+    points,
+    scaled,
+    seconds,
+    signed_points,
+    words,
+)
 
 
 @dataclass(frozen=True)
 class Picture:
-    """A figure, what it shows in words, and its numbers."""
+    """A figure.
+
+    Attributes:
+        id: unique on the page.
+        svg: the drawing, with ids of its own that are unique on the page too.
+        text: what it shows, for those who do not see it.
+        csv: its numbers.
+    """
 
     id: str
     title: str
@@ -28,48 +42,73 @@ class Picture:
     csv: str
 
 
+def make_picture(
+    id_: str, title: str, drawing: str, description: Iterable[str], rows: Iterable[Sequence[object]]
+) -> Picture:
+    """A picture of an SVG, the parts of its description and the rows of its CSV, the first of which is the header."""
+    return Picture(id_, title, svg.with_ids(drawing, id_), f"{title}. {'; '.join(description)}.", csv_text(rows))
+
+
 def slug(*parts: object) -> str:
-    """A name for the page's ids, the same for the same parts and no other."""
+    """An id for the page: the same for the same parts, and different for others."""
     text = "-".join(map(str, parts))
     return f"{re.sub(r'[^a-z0-9]+', '-', text.lower()).strip('-')[:40]}-{hashlib.sha256(text.encode()).hexdigest()[:6]}"
 
 
 def colours(analysis: Analysis) -> dict[str, int]:
+    """Each method's colour, by its place in the plan."""
     return {method: i for i, method in enumerate(analysis.methods)}
 
 
-def _picture(id_: str, title: str, svg: str, told: Iterable[str], rows: Iterable[Sequence[Any]]) -> Picture:
-    return Picture(id_, title, figures.with_ids(svg, id_), f"{title}. {'; '.join(told)}.", to_csv(rows))
-
-
 def score_pictures(analysis: Analysis) -> list[Picture]:
-    """A task's metric over the budgets, or with one budget a plot of its methods' seeds."""
+    """Each task's metric: over the budgets or, if there is one budget, every seed of each method."""
     pictures, colour = [], colours(analysis)
-    for task in dict.fromkeys(g.task for g in analysis.groups):
-        groups = [g for g in analysis.groups if g.task == task and any(s.n for s in g.summaries.values())]
+    for task in dict.fromkeys(group.task for group in analysis.groups):
+        groups = [g for g in analysis.groups if g.task == task and any(cell.summary.n for cell in g.cells)]
         if not groups:
             continue
-        told: list[str] = []
-        rows: list[list[Any]] = [["budget_percent", "method", "seeds", "mean_points", "low_points", "high_points"]]
-        for g in groups:
-            for method, s in g.summaries.items():
-                if s.mean is not None:
-                    rows.append([g.budget, method, s.n, 100 * s.mean, *(scaled_entry(s.interval, 100) or (None, None))])
-                    around = f", 95 % interval {span(s.interval, points)}" if s.interval else ""
-                    told.append(f"{method} at {percent(g.budget)} {points(s.mean)} points ({s.n} seeds{around})")
-        axis, metric = f"{words(groups[0].metric)}, points", words(groups[0].metric)
+        metric = words(groups[0].metric)
         if len(groups) > 1:
-            curves = [c for m in analysis.methods if (c := _over_budgets(groups, m, colour[m])).x]
-            svg, title = figures.against_budget(curves, axis), f"{task}: {metric} against the budget"
+            curves = [c for method in analysis.methods if (c := _over_budgets(groups, method, colour[method])).x]
+            drawing = figures.against_budget(curves, f"{metric}, points")
+            title = f"{task}: {metric} against the budget"
         else:
-            lines = [
-                figures.Row(m, colour[m], _hundredfold(s.seeds), 100 * s.mean, scaled_entry(s.interval, 100))
-                for m, s in groups[0].summaries.items()
-                if s.mean is not None
-            ]
-            svg, title = figures.dots(lines, axis), f"{task}: {metric} at {percent(groups[0].budget)}"
-        pictures.append(_picture(slug("score", task), title, svg, told, rows))
+            lines = [_score_line(cell, colour[cell.method]) for cell in _with_score(groups[0].cells)]
+            drawing = figures.dots(lines, f"{metric}, points")
+            title = f"{task}: {metric} at {percent(groups[0].budget)}"
+        cells = _with_score(cell for group in groups for cell in group.cells)
+        header = ["budget_percent", "method", "seeds", "mean_points", "low_points", "high_points"]
+        rows = [header, *map(_score_row, cells)]
+        pictures.append(make_picture(slug("score", task), title, drawing, map(_score_text, cells), rows))
     return pictures
+
+
+def _with_score(cells: Iterable[Cell]) -> list[Cell]:
+    return [cell for cell in cells if cell.summary.mean is not None]
+
+
+def _mean_points(cell: Cell) -> float:
+    """The mean of a cell that has one."""
+    assert cell.summary.mean is not None
+    return 100 * cell.summary.mean
+
+
+def _score_row(cell: Cell) -> list[object]:
+    ends = scaled(cell.summary.interval, 100) or (None, None)
+    return [cell.budget, cell.method, cell.summary.n, _mean_points(cell), *ends]
+
+
+def _score_text(cell: Cell) -> str:
+    summary = cell.summary
+    interval = f", 95 % interval {interval_text(summary.interval, points)}" if summary.interval else ""
+    score = f"{points(summary.mean)} points ({summary.n} seeds{interval})"
+    return f"{cell.method} at {percent(cell.budget)} {score}"
+
+
+def _score_line(cell: Cell, colour: int) -> figures.Row:
+    summary = cell.summary
+    by_seed, interval = _hundredfold(summary.by_seed), scaled(summary.interval, 100)
+    return figures.Row(cell.method, colour, by_seed, _mean_points(cell), interval)
 
 
 def _hundredfold(by_seed: Mapping[int, float]) -> dict[int, float]:
@@ -77,134 +116,102 @@ def _hundredfold(by_seed: Mapping[int, float]) -> dict[int, float]:
 
 
 def _over_budgets(groups: Sequence[Group], method: str, colour: int) -> figures.Curve:
-    there = [(g.budget, s) for g in groups if (s := g.summaries.get(method)) and s.mean is not None]
+    cells = _with_score(cell for group in groups for cell in group.cells if cell.method == method)
     return figures.Curve(
         label=method,
         colour=colour,
-        x=[budget for budget, _ in there],
-        mean=[100 * s.mean for _, s in there if s.mean is not None],
-        intervals=[scaled_entry(s.interval, 100) for _, s in there],
-        seeds={i: [(budget, 100 * v) for v in s.seeds.values()] for i, (budget, s) in enumerate(there)},
+        x=[cell.budget for cell in cells],
+        mean=[_mean_points(cell) for cell in cells],
+        intervals=[scaled(cell.summary.interval, 100) for cell in cells],
+        seeds={i: [(cell.budget, 100 * v) for v in cell.summary.by_seed.values()] for i, cell in enumerate(cells)},
     )
 
 
 def difference_pictures(analysis: Analysis) -> list[Picture]:
+    """Each group's paired differences from the reference."""
     pictures, colour = [], colours(analysis)
-    for g in analysis.groups:
-        lines, told, rows = [], [], [["method", "seed", "difference_points"]]
-        for c in g.comparisons:
-            if c.mean is None:
+    for group in analysis.groups:
+        lines, description, rows = [], [], [["method", "seed", "difference_points"]]
+        for cell in group.cells:
+            comparison = cell.comparison
+            if comparison is None or comparison.mean is None:
                 continue
-            thick, thin = scaled_entry(c.interval, 100), scaled_entry(c.two_way, 100)
-            lines.append(
-                figures.Row(c.method, colour[c.method], _hundredfold(c.differences), 100 * c.mean, thick, thin)
-            )
-            rows += [[c.method, seed, 100 * d] for seed, d in c.differences.items()]
-            said = f"95 % t interval {span(c.interval, signed)}" if c.interval else c.why
-            said = f"{said}, two-way interval {span(c.two_way, signed)}" if c.two_way else said
-            told.append(f"{c.method} {signed(c.mean)} points, {said}")
+            differences = _hundredfold(comparison.differences)
+            t_interval, two_way = scaled(comparison.interval, 100), scaled(comparison.two_way, 100)
+            mean = 100 * comparison.mean
+            lines.append(figures.Row(cell.method, colour[cell.method], differences, mean, t_interval, two_way))
+            rows += [[cell.method, seed, difference] for seed, difference in differences.items()]
+            text = comparison.undefined_reason
+            if comparison.interval:
+                text = f"95 % t interval {interval_text(comparison.interval, signed_points)}"
+            if comparison.two_way:
+                text = f"{text}, two-way interval {interval_text(comparison.two_way, signed_points)}"
+            description.append(f"{cell.method} {signed_points(comparison.mean)} points, {text}")
         if lines:
-            title = f"{g.where}: paired differences from {analysis.reference}"
-            svg = figures.dots(lines, f"points of {words(g.metric)} above the reference", zero=True)
-            pictures.append(_picture(slug("difference", g.task, g.budget), title, svg, told, rows))
+            title = f"{group.name}: paired differences from {analysis.reference}"
+            drawing = figures.dots(lines, f"points of {words(group.metric)} above the reference", zero=True)
+            id_ = slug("difference", group.task, group.budget)
+            pictures.append(make_picture(id_, title, drawing, description, rows))
     return pictures
 
 
 def curve_pictures(analysis: Analysis) -> list[Picture]:
+    """Each group's primary metric and training loss after every epoch."""
     pictures = []
-    for g in analysis.groups:
-        score = _curves(analysis, g, f"{words(g.metric)}, points", lambda e, m=g.metric: e.metrics.get(m), 100)
-        loss = _curves(analysis, g, "training loss", lambda e: e.train_loss, 1)
-        pictures += [picture for picture in (score, loss) if picture is not None]
-    return pictures
+    for group in analysis.groups:
+        metric = group.metric
+
+        def score(epoch: Epoch, metric: str = metric) -> float | None:
+            value = epoch.metrics.get(metric)
+            return None if value is None else 100 * value
+
+        pictures += [
+            _curve_picture(analysis, group, words(metric), f"{words(metric)}, points", f"{metric}_points", score),
+            _curve_picture(analysis, group, "training loss", "training loss", "training_loss", lambda e: e.train_loss),
+        ]
+    return [picture for picture in pictures if picture is not None]
 
 
-def _curves(
-    analysis: Analysis, g: Group, axis: str, of: Callable[[Epoch], float | None], factor: float
+def _curve_picture(
+    analysis: Analysis, group: Group, name: str, axis: str, column: str, value_of: Callable[[Epoch], float | None]
 ) -> Picture | None:
-    series, told, rows = [], [], [["method", "seed", "epoch", slug(axis)[:-7].replace("-", "_")]]
-    for method in g.runs:
-        lines = {
-            r.seed: [(float(e.epoch), factor * v) for e in r.epochs if (v := of(e)) is not None] for r in g.done(method)
+    """Curves over the epochs; `column` is the name of their values in the CSV."""
+    colour = colours(analysis)
+    curves, description, rows = [], [], [["method", "seed", "epoch", column]]
+    for cell in group.cells:
+        seeds = {
+            r.seed: [(float(e.epoch), v) for e in r.epochs if (v := value_of(e)) is not None] for r in cell.records
         }
-        rows += [[method, seed, int(x), y] for seed, line in lines.items() for x, y in line]
-        # A mean over the epochs that every seed has: one over fewer seeds would jump.
-        epochs = sorted(set.intersection(*({x for x, _ in line} for line in lines.values()))) if lines else []
+        rows += [[cell.method, seed, int(epoch), y] for seed, curve in seeds.items() for epoch, y in curve]
+        # The mean is over the epochs that every seed has: where one ends earlier, the mean of the others would jump.
+        epochs = sorted(set.intersection(*({x for x, _ in curve} for curve in seeds.values()))) if seeds else []
         if epochs:
-            mean = [sum(dict(line)[x] for line in lines.values()) / len(lines) for x in epochs]
-            series.append(figures.Curve(method, colours(analysis)[method], epochs, mean, (), lines))
+            mean = [sum(dict(curve)[x] for curve in seeds.values()) / len(seeds) for x in epochs]
+            curves.append(figures.Curve(cell.method, colour[cell.method], epochs, mean, (), seeds))
             ends = [f"{y:.2f} after epoch {x:g}" for x, y in ((epochs[0], mean[0]), (epochs[-1], mean[-1]))]
-            told.append(f"{method} from {minus(' to '.join(ends))}")
-    if not series:
+            description.append(f"{cell.method} from {minus(' to '.join(ends))}")
+    if not curves:
         return None
-    title = f"{g.where}: {axis.removesuffix(', points')} after each epoch"
-    return _picture(slug("curve", axis, g.task, g.budget), title, figures.curves(series, "epoch", axis), told, rows)
+    title = f"{group.name}: {name} after each epoch"
+    id_ = slug("curve", axis, group.task, group.budget)
+    return make_picture(id_, title, figures.curves(curves, "epoch", axis), description, rows)
 
 
 def seconds_pictures(analysis: Analysis) -> list[Picture]:
+    """Each group's seconds by phase, mean over seeds."""
     pictures, colour = [], colours(analysis)
-    for g in analysis.groups:
-        bars, told = [], []
-        for method in g.runs:
-            timed = [r.times for r in g.done(method) if r.times]
+    for group in analysis.groups:
+        bars, description = [], []
+        for cell in group.cells:
+            timed = [record.times for record in cell.records if record.times]
             if timed:
-                means = [sum(getattr(t, kind) for t in timed) / len(timed) for kind in PHASES]
-                bars.append((method, colour[method], means))
-                parts = (f"{name} {seconds(v)} s" for name, v in zip(PHASES.values(), means, strict=True))
-                told.append(f"{method} {', '.join(parts)}")
+                means = [sum(getattr(times, phase) for times in timed) / len(timed) for phase in PHASES]
+                bars.append((cell.method, colour[cell.method], means))
+                parts = (f"{name} {seconds(mean)} s" for name, mean in zip(PHASES.values(), means, strict=True))
+                description.append(f"{cell.method} {', '.join(parts)}")
         if bars:
-            title = f"{g.where}: seconds of a run"
-            svg = figures.stacks(bars, list(PHASES.values()), "seconds, mean over seeds")
+            title = f"{group.name}: seconds of a run"
+            drawing = figures.stacks(bars, list(PHASES.values()), "seconds, mean over seeds")
             rows = [["method", *PHASES], *([method, *means] for method, _, means in bars)]
-            pictures.append(_picture(slug("seconds", g.task, g.budget), title, svg, told, rows))
+            pictures.append(make_picture(slug("seconds", group.task, group.budget), title, drawing, description, rows))
     return pictures
-
-
-def matrix_maps(analysis: Analysis) -> list[tuple[str, list[Picture]]]:
-    """By group: the importance that a method gave the matrices, and what every method's ‖ΔW‖ became."""
-    out = []
-    for g in analysis.groups:
-        pictures = []
-        for key, symbol, factor in (("importance", "importance I, %", 100), ("delta_norm", "‖ΔW‖", 1)):
-            maps = {m: _means(g.done(m), key, factor) for m in g.runs}
-            top = max((v for values in maps.values() for v in values.values()), default=0.0)
-            pictures += [_map(g, m, key, f"{m}: {symbol}", values, top) for m, values in maps.items() if values]
-        if pictures:
-            out.append((g.where, pictures))
-    return out
-
-
-def place_of(name: str) -> tuple[str, str]:
-    """A matrix's layer and kind: 'bert.encoder.layer.3.attention.self.query' -> ('3', 'query')."""
-    found = re.search(r"(?:^|\.)(\d+)\.(.+)$", name)
-    if not found:
-        return "–", name
-    return found[1], found[2].removesuffix(".dense").removeprefix("attention.self.")
-
-
-def _means(records: Sequence[Record], key: str, factor: float) -> dict[str, float]:
-    """Each matrix's mean over the runs that have a number for it."""
-    values: dict[str, list[float]] = defaultdict(list)
-    for record in records:
-        for row in record.matrices:
-            if (value := getattr(row, key)) is not None:
-                values[row.name].append(factor * value)
-    return {name: sum(of) / len(of) for name, of in values.items()}
-
-
-def _map(g: Group, method: str, key: str, title: str, values: Mapping[str, float], top: float) -> Picture:
-    places = {name: place_of(name) for name in values}
-    layers = sorted({layer for layer, _ in places.values()}, key=lambda s: (s.isdigit(), int(s) if s.isdigit() else 0))
-    kinds = list(dict.fromkeys(kind for _, kind in places.values()))
-    grid: list[list[float | None]] = [[None] * len(kinds) for _ in layers]
-    for name, (layer, kind) in places.items():
-        grid[layers.index(layer)][kinds.index(kind)] = values[name]
-    ordered = sorted(values, key=lambda name: -values[name])
-    largest = (f"{kind} of layer {layer} {values[n]:.3g}" for n in ordered[:3] for layer, kind in [places[n]])
-    told = [
-        f"{g.where}, {len(values)} matrices from {values[ordered[-1]]:.3g} to {values[ordered[0]]:.3g}",
-        f"largest: {', '.join(largest)}",
-    ]
-    rows = [["matrix", "layer", "kind", key], *([n, *places[n], values[n]] for n in values)]
-    id_ = slug("map", key, g.task, g.budget, method)
-    return _picture(id_, title, figures.heat(grid, layers, kinds, top), told, rows)

@@ -1,4 +1,4 @@
-"""TODO"""
+"""The report's templates (`report/files/`), rendered by Jinja."""
 
 from __future__ import annotations
 
@@ -8,29 +8,30 @@ from typing import Any
 
 import jinja2
 
-from fwlora_lab.analysis.read import percent
-from fwlora_lab.report.formatting import points, seeds_word, words
+from fwlora_lab.analysis.results import percent
+from fwlora_lab.report.formatting import points, seeds_argument, words
 
 
 def markdown(text: object) -> str:
-    """Text as Markdown shows it in a table: on one line, and nothing in it is markup."""
+    """The text for a cell of a Markdown table: on one line, with all markup escaped."""
     return re.sub(r"([\\`*_{}\[\]<>|#~&])", r"\\\1", " ".join(str(text).split()))
 
 
-def shipped(name: str) -> str:
+def template_text(name: str) -> str:
     """A file of the package's folder of templates."""
     return resources.files("fwlora_lab").joinpath("report", "files", name).read_text("utf-8")
 
 
 def render(name: str, **values: Any) -> str:
-    """A template with its values; in HTML they are escaped, in Markdown the template does that."""
-    page = jinja2.Environment(
-        loader=jinja2.FunctionLoader(shipped),
+    """Fill in a template; in HTML all values are escaped, in Markdown those that the template passes through `md`."""
+    environment = jinja2.Environment(
+        loader=jinja2.FunctionLoader(template_text),
         autoescape=name.endswith(".html"),
         undefined=jinja2.StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
         keep_trailing_newline=True,
     )
-    page.filters |= {"md": markdown, "points": points, "percent": percent, "words": words, "seeds_word": seeds_word}
-    return page.get_template(name).render(**values)
+    filters = {"md": markdown, "points": points, "percent": percent, "words": words, "seeds_argument": seeds_argument}
+    environment.filters |= filters
+    return environment.get_template(name).render(**values)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import io
 import sys
 import warnings
@@ -17,7 +16,7 @@ from fwlora_lab.config.former_names import present_key, stored_key
 from fwlora_lab.config.schema import RunConfig
 from fwlora_lab.config.validation import with_values
 from fwlora_lab.config.yaml_writer import to_yaml
-from fwlora_lab.files import write_atomic
+from fwlora_lab.files import csv_text, write_atomic
 from fwlora_lab.records.folder import ADVICE
 from fwlora_lab.search.session import SearchSession
 from fwlora_lab.search.spec import SearchSpec
@@ -79,7 +78,7 @@ def write_results(session: SearchSession, trials: Sequence[FrozenTrial]) -> None
                 ["parameter", "importance"],
                 *([present_key(key), f"{value:.6g}"] for key, value in importances.items()),
             ]
-            write_atomic(folder / "importances.csv", _csv(rows), ADVICE)
+            write_atomic(folder / "importances.csv", csv_text(rows), ADVICE)
         _plot(session, with_importances=bool(importances))
 
 
@@ -107,13 +106,7 @@ def _trials_csv(session: SearchSession, trials: Sequence[FrozenTrial]) -> str:
         state = t.state.name.lower() if is_counted(t) else "interrupted"
         values = [t.params.get(stored_key(key)) for key in keys]
         rows.append([t.number, state, t.value, *scores, *values, len(t.intermediate_values), seconds, cause_of(t)])
-    return _csv(rows)
-
-
-def _csv(rows: Sequence[Sequence[Any]]) -> str:
-    text = io.StringIO()
-    csv.writer(text, lineterminator="\n").writerows(rows)
-    return text.getvalue()
+    return csv_text(rows)
 
 
 def _importances(study: optuna.Study) -> dict[str, float]:

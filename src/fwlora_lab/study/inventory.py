@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from fwlora_lab.errors import UserError
-from fwlora_lab.records.folder import RunDir, differences, load_record, status_of
+from fwlora_lab.records.folder import RunFolder, differences, load_record, status_of
 from fwlora_lab.records.record import Record
 from fwlora_lab.study.plan import PlannedCell
 from fwlora_lab.training.resources import ResourceCache
@@ -48,7 +48,7 @@ class Inventory:
 
 def run_folder(cell: PlannedCell, seed: int) -> Path:
     """Where the run of a cell with this seed is, or will be."""
-    return RunDir(cell.cfg.results_dir, cell.cfg.run_id, seed).path
+    return RunFolder(cell.cfg.results_dir, cell.cfg.run_id, seed).path
 
 
 def take_inventory(cells: Sequence[PlannedCell], seeds: Sequence[int], resources: ResourceCache) -> Inventory:

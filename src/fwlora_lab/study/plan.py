@@ -9,7 +9,7 @@ from pathlib import Path
 
 from pydantic import ValidationError
 
-from fwlora_lab.analysis.claims import Claim, read_claims, request_claims
+from fwlora_lab.analysis.claims import Claim, read_claims
 from fwlora_lab.config.load import load_run
 from fwlora_lab.config.schema import RunConfig
 from fwlora_lab.config.tree import available_studies
@@ -183,7 +183,9 @@ def plan_study(request: StudyRequest) -> PlannedStudy:
         for budget in request.budgets or study.budgets
         for method in _chosen("methods", request.methods, study.methods)
     ]
-    claims = request_claims() if study.claims == "request" else read_claims(study.claims, f"study {name}: claims")
+    # The word `request` stands for the claims of the packaged study of that name.
+    rows = load_study("request").claims if study.claims == "request" else study.claims
+    claims = read_claims(rows, f"study {name}: claims")
     _check_claims(name, study, claims)
     return PlannedStudy(request, study, tuple(cells), tuple(seeds), claims, Path(cells[0].cfg.results_dir))
 

@@ -17,7 +17,7 @@ from fwlora_lab.data.tokens import TokenTable, collate, epoch_batches, length_gr
 from fwlora_lab.errors import UserError
 from fwlora_lab.models.adapter_plan import AdapterPlan
 from fwlora_lab.models.backbones import Backbone
-from fwlora_lab.records.folder import RunDir, differences, load_record, status_of
+from fwlora_lab.records.folder import RunFolder, differences, load_record, status_of
 from fwlora_lab.seeds import derive
 
 
@@ -41,7 +41,7 @@ class Job:
     plan: AdapterPlan
     total_steps: int
     engine: Literal["lanes", "peft"]
-    folder: RunDir
+    folder: RunFolder
     warnings: tuple[str, ...]
 
     @property

@@ -18,7 +18,7 @@ from fwlora_lab.models.adapter_plan import plan_adapters
 from fwlora_lab.models.backbones import Backbone, load_backbone
 from fwlora_lab.models.classifier import ClassifierSkeleton
 from fwlora_lab.models.methods import parts_of
-from fwlora_lab.records.folder import RunDir
+from fwlora_lab.records.folder import RunFolder
 from fwlora_lab.training.device import in_bf16
 from fwlora_lab.training.jobs import Job, RunSpec, steps_per_epoch
 
@@ -126,7 +126,7 @@ class ResourceCache:
             plan=plan,
             total_steps=total_steps,
             engine="lanes" if lanes else "peft",
-            folder=RunDir(cfg.results_dir, cfg.run_id, run.seed),
+            folder=RunFolder(cfg.results_dir, cfg.run_id, run.seed),
             warnings=tuple(notes),
         )
 

@@ -33,7 +33,7 @@ def scores(a, b) -> dict[str, dict[int, float]]:
 def test_summary_keeps_every_seed_and_is_scipys():
     values = [0.61, 0.55, 0.58, 0.6]
     found = statistics.summarize({"lora": {3: 0.55, 1: 0.61, 7: 0.6, 5: 0.58}})["lora"]
-    assert list(found.seeds) == [1, 3, 5, 7] and found.n == 4 and found.why is None
+    assert list(found.seeds) == [1, 3, 5, 7] and found.n == 4 and found.undefined_reason is None
     assert found.mean == pytest.approx(0.585) and found.sd == pytest.approx(np.std(values, ddof=1))
     low, high = scipy.stats.t.interval(0.95, 3, loc=0.585, scale=scipy.stats.sem(values))
     assert found.interval == pytest.approx((low, high, 0.95))
@@ -82,12 +82,12 @@ def test_equivalence_is_the_90_percent_interval_within_the_margins():
     for values in rng(2).normal(0.2, 1, (40, 9)):
         low, high, _ = statistics.t_interval(values, 0.9)
         margin = 0.9
-        assert (statistics.equivalence(values, margin) < 0.05) == (-margin < low and high < margin)
-        assert (statistics.non_inferiority(values, margin) < 0.05) == (low > -margin)
+        assert (statistics.t_within(values, -margin, margin) < 0.05) == (-margin < low and high < margin)
+        assert (statistics.t_within(values, -margin, math.inf) < 0.05) == (low > -margin)
     lower = scipy.stats.ttest_1samp(values, -0.9, alternative="greater").pvalue
     upper = scipy.stats.ttest_1samp(values, 0.9, alternative="less").pvalue
-    assert statistics.equivalence(values, 0.9) == pytest.approx(max(lower, upper))
-    assert statistics.non_inferiority(values, 0.9) == pytest.approx(lower) and lower != pytest.approx(upper)
+    assert statistics.t_within(values, -0.9, 0.9) == pytest.approx(max(lower, upper))
+    assert statistics.t_within(values, -0.9, math.inf) == pytest.approx(lower) and lower != pytest.approx(upper)
 
 
 def test_holm_by_hand():
@@ -132,7 +132,7 @@ def test_compare_pairs_by_seed_and_knows_which_is_the_reference():
     paired = scipy.stats.ttest_rel([0.9, 0.8, 0.95], [0.7, 0.75, 0.85])
     assert found.p == pytest.approx(paired.pvalue)
     assert found.interval == pytest.approx((*paired.confidence_interval(0.95), 0.95))
-    assert found.mean == pytest.approx(0.35 / 3) and found.why is None
+    assert found.mean == pytest.approx(0.35 / 3) and found.undefined_reason is None
     assert found.sign_flip == statistics.SignFlip(0.25, True, 0.25)
     back = statistics.compare(table, "old", "new", rng())
     assert back.mean == pytest.approx(-0.35 / 3) and back.hedges_g == pytest.approx(-found.hedges_g)
@@ -149,7 +149,7 @@ def test_compare_pairs_by_seed_and_knows_which_is_the_reference():
 )
 def test_nothing_pretends_to_know(a, b, why):
     found = statistics.compare(scores(a, b), "new", "old", rng())
-    assert why in (found.why or "")
+    assert why in (found.undefined_reason or "")
     assert [found.interval, found.p, found.sign_flip, found.hedges_g, found.two_way] == [None] * 5
     assert statistics.summarize({"one": {0: 0.3}})["one"].interval is None
     assert statistics.summarize({"one": {0: 0.3}})["one"].sd is None
@@ -165,7 +165,7 @@ def test_ratio_is_the_geometric_mean():
     low, high = scipy.stats.t.interval(0.95, 7, loc=noise.mean(), scale=scipy.stats.sem(noise))
     assert found.interval == pytest.approx((math.exp(low), math.exp(high), 0.95)) and found.n == 8
     one = statistics.ratio(scores([2.0], [1.0]), "new", "old")
-    assert (one.mean, one.interval, one.p) == (2.0, None, None) and "one seed" in (one.why or "")
+    assert (one.mean, one.interval, one.p) == (2.0, None, None) and "one seed" in (one.undefined_reason or "")
     with pytest.raises(ValueError, match="must be positive"):
         statistics.ratio(scores([1.0, 0.0], [1.0, 1.0]), "new", "old")
 

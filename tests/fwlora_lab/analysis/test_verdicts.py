@@ -14,9 +14,12 @@ from pydantic import ValidationError
 
 from fwlora_lab.analysis import claims, resampling, statistics, verdicts
 from fwlora_lab.analysis.claims import Claim
-from fwlora_lab.analysis.verdicts import ScoreCell, decide, judge
+from fwlora_lab.analysis.decisions import decide, state_of
+from fwlora_lab.analysis.group_scores import GroupScores, group_scores
+from fwlora_lab.analysis.verdicts import judge, region_tested
 from fwlora_lab.errors import UserError
 from fwlora_lab.records.record import BackboneInfo, Epoch, Failure, Machine, Record, Times
+from fwlora_lab.study.spec import load_study
 
 SCOPE = {"task": "cola", "budget": 0.2}
 KEY = ("cola", 0.2)
@@ -35,9 +38,15 @@ def claim(relation="greater", margin=0.0, metric="accuracy", method="new", refer
 def one(what: Claim, new, old=None, metric="accuracy", **more) -> verdicts.Verdict:
     scores = {"new": dict(enumerate(new)), "old": dict(enumerate(new if old is None else old))}
     (verdict,) = judge(
-        [what], {KEY: ScoreCell({metric: scores}, **more)}, "fwlora compare study=offline", rng(), draws=400
+        [what], {KEY: GroupScores({metric: scores}, **more)}, "fwlora compare study=offline", rng(), draws=400
     )
     return verdict
+
+
+def request_claims() -> tuple[Claim, ...]:
+    rows = load_study("request").claims
+    assert isinstance(rows, list)
+    return claims.read_claims(rows, "study request: claims")
 
 
 OLD = np.array([0.70, 0.72, 0.69, 0.71, 0.73, 0.70])
@@ -114,18 +123,18 @@ def test_claims_come_as_a_list_and_once():
 
 def test_the_requests_claims_hold_for_the_requests_numbers():
     """The table, put to its own stated, with little noise."""
-    stated = claims.request_claims()
+    stated = request_claims()
     assert len(stated) == 16 and {c.scope.task for c in stated} == {"sst2", "cola"}
     table = {"sst2": (0.931, 0.943, 0.941), "cola": (0.550, 0.578, 0.575)}
     cells = {}
     for task, row in table.items():
         metric = next(c.metric for c in stated if c.scope.task == task)
-        cells[task, 0.2] = ScoreCell({metric: {}, "train_seconds": {}})
+        cells[task, 0.2] = GroupScores({metric: {}, "train_seconds": {}})
         generator = rng(4)
         for method, mean, time in zip(("lora", "adalora", "fw_lora"), row, (1, 1.12, 1.005), strict=True):
             noise = generator.normal(0, 1, 8)
-            cells[task, 0.2].scores[metric][method] = dict(enumerate(mean + 2e-4 * noise))
-            cells[task, 0.2].scores["train_seconds"][method] = dict(enumerate(60 * time * np.exp(5e-4 * noise)))
+            cells[task, 0.2].by_metric[metric][method] = dict(enumerate(mean + 2e-4 * noise))
+            cells[task, 0.2].by_metric["train_seconds"][method] = dict(enumerate(60 * time * np.exp(5e-4 * noise)))
     found = judge(stated, cells, "fwlora compare study=request", rng())
     assert [v.state for v in found] == ["holds"] * 16
     assert all(c.source for c in stated)
@@ -163,25 +172,25 @@ def test_the_verdict_is_where_the_interval_lies(relation, margin, shift, state):
     assert found.estimate == pytest.approx(shift) and found.interval is not None
     assert found.interval == pytest.approx(statistics.t_interval(shift + WOBBLE))
     assert found.interval == found.family_interval, "a family of one"
-    assert (found.settle is None) == (found.needed is None)
+    assert (found.command is None) == (found.seeds_needed is None)
     if state != "undecided":
-        assert found.settle is None and found.p is not None and found.p < 0.05
+        assert found.command is None and found.p is not None and found.p < 0.05
 
 
 def test_undecided_names_the_command_that_settles_it():
     found = one(claim(), OLD + 0.001 + WOBBLE, OLD)
-    assert found.needed is not None and found.needed > 6
-    assert found.needed == statistics.seeds_needed(float(WOBBLE.std(ddof=1)), 0.001)
-    assert found.settle == f"fwlora compare study=offline seeds=0..{found.needed - 1}"
-    assert f"about {found.needed} seeds" in found.reason
+    assert found.seeds_needed is not None and found.seeds_needed > 6
+    assert found.seeds_needed == statistics.seeds_needed(float(WOBBLE.std(ddof=1)), 0.001)
+    assert found.command == f"fwlora compare study=offline seeds=0..{found.seeds_needed - 1}"
+    assert f"about {found.seeds_needed} seeds" in found.reason
     # So many seeds with the same mean and spread do decide it.
-    n = 6 * found.needed
+    n = 6 * found.seeds_needed
     assert one(claim(), np.resize(OLD + 0.001 + WOBBLE, n), np.resize(OLD, n)).state == "holds"
 
 
 def test_an_estimate_on_the_border_is_settled_by_no_number_of_seeds():
     found = one(claim("not_worse", 0.01), OLD - 0.01 + WOBBLE - WOBBLE.mean(), OLD)
-    assert (found.state, found.needed, found.settle) == ("undecided", None, None)
+    assert (found.state, found.seeds_needed, found.command) == ("undecided", None, None)
     assert "1000 seeds may not do" in found.reason
 
 
@@ -196,14 +205,14 @@ def test_an_estimate_on_the_border_is_settled_by_no_number_of_seeds():
 def test_nothing_pretends_to_know(new, old, why, seeds):
     found = one(claim(), new, old)
     assert found.state == "undecided" and found.reason.startswith(why)
-    assert found.interval is found.family_interval is found.p is found.needed is found.new_examples is None
-    assert found.settle == f"fwlora compare study=offline seeds={seeds}"
+    assert found.interval is found.family_interval is found.p is found.seeds_needed is found.new_examples is None
+    assert found.command == f"fwlora compare study=offline seeds={seeds}"
 
 
 def test_what_was_not_run_is_undecided_and_a_metric_nobody_recorded_is_a_mistake():
     (found,) = judge([claim()], {}, "fwlora compare study=offline", rng())
     assert found.state == "undecided" and found.estimate is None and "no finished run of new and old" in found.reason
-    cell = ScoreCell({"accuracy": {"old": {0: 0.7}}})
+    cell = GroupScores({"accuracy": {"old": {0: 0.7}}})
     (found,) = judge([claim()], {KEY: cell}, "fwlora compare study=offline", rng())
     assert found.reason == "no finished run of new."
     with pytest.raises(UserError, match="recorded 'acuracy'; they recorded accuracy"):
@@ -214,7 +223,7 @@ def test_what_a_selection_left_out_is_in_the_command_that_settles_it():
     some = "fwlora compare study=offline tasks=sst2 methods=old budgets=0.5 'dataset.root=my data'"
     (found,) = judge([claim()], {}, some, rng())
     task, budget = KEY
-    assert found.settle == (
+    assert found.command == (
         f"fwlora compare study=offline tasks=sst2,{task} methods=old,new budgets=0.5,{budget:g} "
         "'dataset.root=my data' seeds=0..9"
     )
@@ -280,7 +289,7 @@ def test_the_family_interval_always_shows_the_verdict():
     for _ in range(150):
         samples = [generator.normal(generator.normal(0, 0.8), 0.5, 7) for _ in regions]
         for values, region, decision in zip(samples, regions, decide(samples, regions), strict=True):
-            assert verdicts._place(statistics.t_interval(values, decision.level), region) == decision.state
+            assert state_of(statistics.t_interval(values, decision.level), region) == decision.state
             seen.add(decision.state)
     assert seen == {"holds", "fails", "undecided"}
 
@@ -293,8 +302,8 @@ def true_state(mean, region):
 def test_false_verdicts_where_all_methods_are_equal():
     """The request's whole table, six seeds, no method better or slower than another: 5 % of the tables at most."""
     generator = rng(2)
-    stated = claims.request_claims()
-    regions = [verdicts._on_scale(c, c.region) for c in stated]
+    stated = request_claims()
+    regions = [region_tested(c) for c in stated]
     level = {"sst2": 0.936, "cola": 0.565}  # on the upper border of the rows of LoRA
     spread = {"accuracy": 0.004, "matthews_correlation": 0.02, "train_seconds": 0.03}
     false = decided = 0
@@ -337,6 +346,7 @@ def record(method, seed, value, seconds=(0.0, 60.0), status="complete", **change
         run_id=method,
         seed=seed,
         method="lora",
+        engine="peft",
         status=status,
         error=Failure(type="E", message="m", traceback="t") if status == "failed" else None,
         started=datetime.now(UTC),
@@ -376,21 +386,21 @@ def test_a_cell_from_records(tmp_path):
         folder = tmp_path / "new" / f"seed-{seed}"
         folder.mkdir(parents=True)
         np.savez(folder / "predictions.npz", logits=np.eye(2)[[0, 1, seed]], labels=labels)
-    cell = verdicts.score_cell(runs, tmp_path)
-    assert cell.scores["accuracy"] == {"new": {0: 0.8, 1: 0.9}, "old": {0: 0.7, 1: 0.7}}
+    cell = group_scores(runs, tmp_path)
+    assert cell.by_metric["accuracy"] == {"new": {0: 0.8, 1: 0.9}, "old": {0: 0.7, 1: 0.7}}
     assert cell.failed == {"new": (2,)}
-    assert cell.scores["train_seconds"]["new"] == {0: 105.0, 1: 60.0}
+    assert cell.by_metric["train_seconds"]["new"] == {0: 105.0, 1: 60.0}
     # 25 of 100 steps gathered F: 30 s / 25 and 75 s / 75; without such a phase every step is an ordinary one.
-    assert cell.scores["fisher_step_seconds"]["new"] == {0: pytest.approx(1.2), 1: pytest.approx(0.6)}
-    assert cell.scores["steady_step_seconds"]["new"] == {0: pytest.approx(1.0), 1: pytest.approx(0.6)}
+    assert cell.by_metric["fisher_step_seconds"]["new"] == {0: pytest.approx(1.2), 1: pytest.approx(0.6)}
+    assert cell.by_metric["steady_step_seconds"]["new"] == {0: pytest.approx(1.0), 1: pytest.approx(0.6)}
     assert cell.predictions is not None and cell.predictions.metric == "accuracy"
     assert list(cell.predictions.outputs) == ["new"]
     assert cell.predictions.outputs["new"][1].tolist() == [0, 1, 1]
     whole = record("new", 0, 0.8, (30.0, 75.0), config={"fw_lora": {"warmup_steps": 50}})
-    assert verdicts.score_cell({"new": [whole]}).scores["fisher_step_seconds"]["new"][0] == pytest.approx(0.6)
+    assert group_scores({"new": [whole]}).scores["fisher_step_seconds"]["new"][0] == pytest.approx(0.6)
     np.savez(tmp_path / "new" / "seed-1" / "predictions.npz", logits=np.eye(2)[[0, 1, 1]], labels=1 - labels)
     with pytest.raises(UserError, match="its labels are not those of the other runs"):
-        verdicts.score_cell(runs, tmp_path)
+        group_scores(runs, tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -399,4 +409,4 @@ def test_a_cell_from_records(tmp_path):
 def test_records_of_different_data_are_not_compared(key, value):
     runs = {"new": [record("new", 0, 0.8, **{key: value})], "old": [record("old", 1, 0.7)]}
     with pytest.raises(UserError, match=f"cannot be compared: their {key} differ"):
-        verdicts.score_cell(runs)
+        group_scores(runs)

@@ -66,7 +66,7 @@ def test_training_from_a_file(run_file, tmp_path):
         ["fw_lora", "2", "accuracy"],
         ["adalora", "2", "accuracy"],
     ]
-    records = find_records(tmp_path / "results")
+    records = find_records(tmp_path / "results").records
     assert len(records) == 6 and {r.status for r in records} == {"complete"}
     again = fwlora("train", f"run={files[0]}", "seeds=0..1", "training.epochs=1").stdout
     assert again.count("is there already") == 2
@@ -74,7 +74,7 @@ def test_training_from_a_file(run_file, tmp_path):
 
 def test_a_sweep(run_file, tmp_path):
     fwlora("train", "-m", f"run={run_file()}", "training.learning_rate=1e-3,2e-3", "training.epochs=1")
-    assert sorted(r.run_id for r in find_records(tmp_path / "results")) == [
+    assert sorted(r.run_id for r in find_records(tmp_path / "results").records) == [
         "lora--learning_rate=0.001",
         "lora--learning_rate=0.002",
     ]

@@ -21,7 +21,7 @@ from fwlora_lab.config.load import load_run
 from fwlora_lab.config.schema import RunConfig
 from fwlora_lab.errors import UserError
 from fwlora_lab.records import environment
-from fwlora_lab.records.folder import RunDir, differences, find_records, load_predictions, load_record, status_of
+from fwlora_lab.records.folder import RunFolder, differences, find_records, load_predictions, load_record, status_of
 from fwlora_lab.records.record import Epoch, Failure, MatrixRow, Record, Times
 
 
@@ -42,6 +42,7 @@ def record_of(cfg: RunConfig, seed: int = 0, **changes: object) -> Record:
         "run_id": cfg.run_id,
         "seed": seed,
         "method": cfg.method_name,
+        "engine": "peft",
         "status": "complete",
         "started": now,
         "finished": now,
@@ -87,8 +88,8 @@ def record_of(cfg: RunConfig, seed: int = 0, **changes: object) -> Record:
     return Record.model_validate(fields | changes)
 
 
-def write(cfg: RunConfig, record: Record, **more: object) -> RunDir:
-    folder = RunDir(cfg.results_dir, cfg.run_id, record.seed)
+def write(cfg: RunConfig, record: Record, **more: object) -> RunFolder:
+    folder = RunFolder(cfg.results_dir, cfg.run_id, record.seed)
     with folder.lock():
         folder.write(record, cfg, **more)  # type: ignore[arg-type]
     return folder
@@ -217,14 +218,14 @@ def test_other_faults_of_a_writer_keep_their_name_and_leave_nothing(tmp_path: Pa
 def test_a_folder_that_cannot_be_made_is_told_at_once(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match=r"cannot be written: Not a directory.*set results_dir=DIR"):
-        with RunDir(tmp_path / "file", "demo", 0).lock():
+        with RunFolder(tmp_path / "file", "demo", 0).lock():
             pass
 
 
 @pytest.mark.parametrize("run_id", ["", ".", "..", "a/b", "/etc"])
 def test_a_run_id_cannot_leave_the_results(tmp_path: Path, run_id: str) -> None:
     with pytest.raises(UserError, match="cannot name a folder"):
-        RunDir(tmp_path, run_id, 0)
+        RunFolder(tmp_path, run_id, 0)
 
 
 KILLED = """
@@ -252,8 +253,8 @@ def test_a_killed_writer_harms_nobody_and_is_cleared_away(tmp_path: Path) -> Non
     assert done.returncode == -signal.SIGKILL, done.stderr.decode()
     leftovers = visible(tmp_path / "demo")
     assert len(leftovers) == 2 and leftovers[0].endswith(".tmp")
-    assert find_records(tmp_path, on_broken=pytest.fail) == [first]
-    with RunDir(tmp_path, "demo", 0).lock(wait=False) as held:
+    assert find_records(tmp_path) == ([first], [])
+    with RunFolder(tmp_path, "demo", 0).lock(wait=False) as held:
         assert held
         assert visible(tmp_path / "demo") == ["seed-0"]
 
@@ -261,18 +262,18 @@ def test_a_killed_writer_harms_nobody_and_is_cleared_away(tmp_path: Path) -> Non
 def test_killed_between_two_renames_the_former_run_comes_back(tmp_path: Path) -> None:
     cfg = config(tmp_path)
     folder = write(cfg, record_of(cfg))
-    folder.path.rename(folder.parent / ".seed-0.123.old")
-    (folder.parent / ".seed-0.123.tmp").mkdir()
-    (folder.parent / ".seed-01.5.tmp").mkdir()
+    folder.path.rename(folder.path.parent / ".seed-0.123.old")
+    (folder.path.parent / ".seed-0.123.tmp").mkdir()
+    (folder.path.parent / ".seed-01.5.tmp").mkdir()
     assert status_of(cfg, 0, None) == "missing"
     with folder.lock():
         pass
     assert status_of(cfg, 0, None) == "complete"
-    assert visible(folder.parent) == [".seed-01.5.tmp", "seed-0"]
+    assert visible(folder.path.parent) == [".seed-01.5.tmp", "seed-0"]
 
 
 def test_one_process_at_a_time(tmp_path: Path) -> None:
-    folder = RunDir(tmp_path, "demo", 0)
+    folder = RunFolder(tmp_path, "demo", 0)
     script = textwrap.dedent(f"""
         import filelock, sys
         with filelock.FileLock({str(tmp_path / "demo" / ".seed-0.lock")!r}):
@@ -284,12 +285,12 @@ def test_one_process_at_a_time(tmp_path: Path) -> None:
     other = subprocess.Popen([sys.executable, "-c", script], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
     assert other.stdin is not None and other.stdout is not None
     assert other.stdout.readline() == "held\n"
-    leftover = folder.parent / ".seed-0.77.tmp"
+    leftover = folder.path.parent / ".seed-0.77.tmp"
     leftover.mkdir()
     with folder.lock(wait=False) as held:
         assert not held
     assert leftover.exists(), "what a living writer writes must stay"
-    with RunDir(tmp_path, "demo", 1).lock(wait=False) as held:
+    with RunFolder(tmp_path, "demo", 1).lock(wait=False) as held:
         assert held, "another seed is another lock"
     other.communicate("\n")
     with folder.lock(wait=False) as held:
@@ -312,16 +313,16 @@ def test_records_are_found_in_order_and_broken_ones_told(tmp_path: Path) -> None
     strange.mkdir()
     (strange / "record.json").write_text('{"schema_version": 99}')
     (tmp_path / "demo" / "seed-5").mkdir()
-    told: list[str] = []
-    found = find_records(tmp_path, told.append)
+    found, broken = find_records(tmp_path)
     assert [(r.run_id, r.seed, r.status) for r in found] == [
         ("another", 0, "failed"),
         ("demo", 2, "complete"),
         ("demo", 10, "complete"),
     ]
     assert found[0].metrics == {} and found[1].metrics == {"accuracy": 0.75}
-    assert ["seed-3" in told[0], "seed-4" in told[1], len(told)] == [True, True, 2]
-    assert find_records(tmp_path / "nowhere") == []
+    assert [b.path for b in broken] == [torn / "record.json", strange / "record.json"]
+    assert ["seed-3" in broken[0].message, "seed-4" in broken[1].message, len(broken)] == [True, True, 2]
+    assert find_records(tmp_path / "nowhere") == ([], [])
 
 
 def test_a_broken_file_names_itself(tmp_path: Path) -> None:

@@ -17,7 +17,7 @@ from typing import Any
 import fake_study
 import pytest
 
-from fwlora_lab.analysis.read import read_study
+from fwlora_lab.analysis.results import read_study
 from fwlora_lab.analysis.study import analyse
 from fwlora_lab.report import figures
 from fwlora_lab.report.page import write_report
@@ -230,7 +230,7 @@ def test_numbers_are_copied_as_csv(page, folder):
     page.execute_cdp_cmd("Browser.grantPermissions", {"permissions": ["clipboardReadWrite", "clipboardSanitizedWrite"]})
     button = page.find_element("css selector", "button[data-copy=comparisons-table-csv]")
     button.click()
-    wait_for(page, "return document.querySelector('[data-copy=comparisons-table-csv] + .told').textContent", "copied")
+    wait_for(page, "return document.querySelector('[data-copy=comparisons-table-csv] + .message').textContent", "copied")
     copied = page.execute_async_script(
         "navigator.clipboard.readText().then(arguments[0], e => arguments[0](String(e)))"
     )
@@ -238,12 +238,12 @@ def test_numbers_are_copied_as_csv(page, folder):
     assert page.find_element("id", "said").get_attribute("textContent") == "copied", "screen readers hear it"
     figure = page.find_element("css selector", "#scores ~ .figures figure")
     figure.find_element("css selector", "button").click()
-    wait_for(page, "return document.querySelector('#scores ~ .figures figure .told').textContent", "copied")
+    wait_for(page, "return document.querySelector('#scores ~ .figures figure .message').textContent", "copied")
     copied = page.execute_async_script(
         "navigator.clipboard.readText().then(arguments[0], e => arguments[0](String(e)))"
     )
     rows = list(csv.DictReader(copied.splitlines()))
-    mean = analyse(read_study(folder)).groups[0].summaries["lora"].mean
+    mean = analyse(read_study(folder)).groups[0].cells[0].summary.mean
     assert mean is not None and float(rows[0]["mean_points"]) == pytest.approx(100 * mean)
 
 
@@ -252,7 +252,7 @@ def test_where_the_clipboard_is_closed_the_text_is_there_to_be_copied(page, fold
         "navigator.clipboard.writeText = () => Promise.reject(new Error('closed')); document.execCommand = () => false"
     )
     page.find_element("css selector", "button[data-copy=scores-table-csv]").click()
-    told = "return document.querySelector('[data-copy=scores-table-csv] + .told').textContent"
+    told = "return document.querySelector('[data-copy=scores-table-csv] + .message').textContent"
     wait_for(page, told, "selected: press Ctrl+C")
     box = page.find_element("id", "scores-table-csv")
     assert box.is_displayed() and page.switch_to.active_element == box

@@ -261,7 +261,7 @@ def test_a_failed_run_is_kept_and_the_rest_goes_on(world, capsys):
     out, err = capsys.readouterr()
     assert "csv-7-broken seed 0 failed: " in err and "diverged" in err
     assert "report.html" in out
-    by_cell = {(r.run_id, r.seed): r.status for r in find_records(world.results)}
+    by_cell = {(r.run_id, r.seed): r.status for r in find_records(world.results).records}
     assert by_cell == {("csv-7-lora", s): "complete" for s in (0, 1)} | {("csv-7-broken", s): "failed" for s in (0, 1)}
 
 
@@ -303,7 +303,7 @@ def test_the_dry_run_says_what_is_left_and_trains_nothing(world, capsys):
     assert [line.split()[-4:-1] for line in lines[1:5]] == [["1", "30", "0"]] * 2 + [["0", "31", "0"]] * 2
     assert " ".join(lines[5:]).endswith("28, 29, 30; nothing was trained")
     assert sorted(world.results.rglob("*")) == before
-    record = find_records(world.results)[0]
+    record = find_records(world.results).records[0]
     assert rows[1].seconds / 3 < 30 * (record.times.train_seconds + record.times.eval_seconds)
 
 
@@ -385,7 +385,7 @@ def work(file: str, results: str, workers: int = 1) -> None:
 def comparable(results: Path) -> dict:
     """What must not depend on how often a study was killed."""
     found = {}
-    for record in find_records(results):
+    for record in find_records(results).records:
         logits, labels = load_predictions(results / record.run_id / f"seed-{record.seed}")
         parts = record.model_dump(
             include={"status", "method", "config_fingerprint", "data_fingerprint", "epochs", "steps"}
@@ -415,7 +415,7 @@ def test_killed_at_ten_random_moments_it_ends_with_the_same_records(world, monke
         else:
             assert process.exitcode == 0
         kills += 1
-        for record in find_records(world.results):
+        for record in find_records(world.results).records:
             # What was finished once is never done again.
             assert finished.setdefault((record.run_id, record.seed), record) == record
     process = PROCESSES.Process(target=work, args=(file, str(world.results)))
@@ -435,7 +435,7 @@ def test_workers_share_the_runs_and_end_with_their_parent(world):
     process = PROCESSES.Process(target=work, args=(file, str(world.results), 2))
     process.start()
     deadline = time.monotonic() + 120
-    while not find_records(world.results) and time.monotonic() < deadline:
+    while not find_records(world.results).records and time.monotonic() < deadline:
         time.sleep(0.05)
     group = os.getpgid(process.pid)
     os.kill(process.pid, signal.SIGKILL)
@@ -448,13 +448,13 @@ def test_workers_share_the_runs_and_end_with_their_parent(world):
         time.sleep(0.1)
     else:
         pytest.fail("a worker outlived the process that started it")
-    there = {(r.run_id, r.seed): r for r in find_records(world.results)}
+    there = {(r.run_id, r.seed): r for r in find_records(world.results).records}
     assert there
     process = PROCESSES.Process(target=work, args=(file, str(world.results), 2))
     process.start()
     process.join()
     assert process.exitcode == 0
-    records = find_records(world.results)
+    records = find_records(world.results).records
     assert len(records) == 6 and {r.status for r in records} == {"complete"}
     assert all(there.get((r.run_id, r.seed), r) == r for r in records)
 

@@ -329,7 +329,7 @@ def test_runs_share_data_tokens_and_backbone(world: World, monkeypatch: pytest.M
         ("adalora", 1),
         ("adalora", 0),
     ]
-    assert len(find_records(world.results)) == 4
+    assert len(find_records(world.results).records) == 4
 
 
 def test_a_run_alone_is_the_run_in_a_cohort(world: World) -> None:
@@ -399,7 +399,7 @@ def test_stopping_leaves_nothing_half_done(world: World) -> None:
 
     with pytest.raises(KeyboardInterrupt):
         train_runs([RunSpec(done, 0), RunSpec(cfg, 0)], on_event=stop)
-    assert [r.run_id for r in find_records(world.results)] == ["lora"]
+    assert [r.run_id for r in find_records(world.results).records] == ["lora"]
     assert [p.name for p in folder(cfg).parent.iterdir() if not p.name.endswith(".lock")] == []
     assert run(cfg).status == "complete", "and its lock is free"
 

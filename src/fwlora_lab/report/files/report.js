@@ -1,7 +1,7 @@
 "use strict";
-// Sorting, copying, and nothing that the page could not be read without.
+// Sorts tables and copies texts; the page can be read without it.
 
-const said = document.getElementById("said");
+const announcement = document.getElementById("announcement"); // read out by screen readers
 
 function valueOf(row, column) {
   return row.cells[column].dataset.value ?? "";
@@ -13,7 +13,7 @@ function sort(table, column, heading) {
   const rows = [...table.tBodies[0].rows];
   rows.sort((a, b) => {
     const [x, y] = [valueOf(a, column), valueOf(b, column)];
-    if (x === "" || y === "") return (x === "") - (y === ""); // what is not known stands last, whichever way
+    if (x === "" || y === "") return (x === "") - (y === ""); // unknown values come last in either direction
     const order = number ? Number(x) - Number(y) : x.localeCompare(y, "en", { numeric: true });
     return down ? -order : order;
   });
@@ -27,7 +27,7 @@ async function copy(text, box) {
     await navigator.clipboard.writeText(text);
     return true;
   } catch {
-    // Not allowed here: the old way, with the text in sight.
+    // The browser refuses: select the text in a visible box, and use the older interface.
     box.hidden = false;
     box.value = text;
     box.focus();
@@ -46,14 +46,14 @@ for (const button of document.querySelectorAll("button[data-copy]")) {
   button.addEventListener("click", async () => {
     const box = document.getElementById(button.dataset.copy);
     const done = await copy(box.defaultValue, box);
-    const told = button.nextElementSibling;
-    told.textContent = done ? "copied" : "selected: press Ctrl+C";
-    said.textContent = told.textContent;
-    setTimeout(() => { told.textContent = ""; }, 4000);
+    const message = button.nextElementSibling;
+    message.textContent = done ? "copied" : "selected: press Ctrl+C";
+    announcement.textContent = message.textContent;
+    setTimeout(() => { message.textContent = ""; }, 4000);
   });
 }
 
-// Paper cannot be clicked: everything is opened for it.
+// On paper nothing can be opened, so everything is open while the page is printed.
 let closed = [];
 addEventListener("beforeprint", () => {
   closed = [...document.querySelectorAll("details:not([open])")];
