@@ -582,7 +582,9 @@ def test_the_page_is_closed_and_follows_the_theme(full):
     drawings = re.findall(r"<svg role=.*?</svg>", text, re.DOTALL)
     assert len(drawings) == 2 + 2 + 4 + 12 + 2
     for drawing in drawings:
-        assert not re.search(r"#[0-9a-f]{6}\b(?!\))", re.sub(r"(url\(|href=\")#[\w-]+", "", drawing)), "no colour is fixed"
+        assert not re.search(r"#[0-9a-f]{6}\b(?!\))", re.sub(r"(url\(|href=\")#[\w-]+", "", drawing)), (
+            "no colour is fixed"
+        )
         assert "var(--" in drawing and re.match(r'<svg role="img" aria-label="[^"]{40,}"', drawing)
     assert {f"--m{i}" for i in range(4)} <= set(re.findall(r"--m\d", " ".join(drawings)))
     style = text[text.index("<style>") : text.index("</style>")]
