@@ -8,7 +8,6 @@ from pathlib import Path
 
 import numpy as np
 
-
 from fwlora.config import warmup_in_steps
 from fwlora_lab.analysis.resampling import Predictions, can_be_resampled
 from fwlora_lab.analysis.statistics import Scores

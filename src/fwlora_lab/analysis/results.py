@@ -166,9 +166,7 @@ def _derived_plan(found: Sequence[Record]) -> StudyPlan:
     )
 
 
-def _seeds_of_any_method(
-    plan: StudyPlan, cell: StudyCell, records: Mapping[tuple[str, int], Record]
-) -> list[int]:
+def _seeds_of_any_method(plan: StudyPlan, cell: StudyCell, records: Mapping[tuple[str, int], Record]) -> list[int]:
     """The seeds of any method on the cell's task at its budget, because a pair needs both methods' runs."""
     run_ids = {c.run_id for c in plan.cells if (c.task, c.budget) == (cell.task, cell.budget)}
     return sorted({seed for run_id, seed in records if run_id in run_ids})

@@ -194,7 +194,9 @@ def _decided(
     if decision.state == "undecided":
         seeds_needed = _seeds_needed(sample, 1 - decision.level)
         if seeds_needed is None:
-            reason = f"{interval_name} crosses the margin, and the estimate is so near to it that 1000 seeds may not do."
+            reason = (
+                f"{interval_name} crosses the margin, and the estimate is so near to it that 1000 seeds may not do."
+            )
         else:
             reason = (
                 f"{interval_name} crosses the margin; with this estimate and spread about {seeds_needed} seeds "

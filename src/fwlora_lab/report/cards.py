@@ -60,7 +60,9 @@ def losses_first(verdicts: Iterable[Verdict]) -> list[Verdict]:
 
 def cards(analysis: Analysis) -> list[Card]:
     """The verdicts, losses first."""
-    return [_card(v, analysis.seconds_doubt if v.claim.is_ratio and v.n else "") for v in losses_first(analysis.verdicts)]
+    return [
+        _card(v, analysis.seconds_doubt if v.claim.is_ratio and v.n else "") for v in losses_first(analysis.verdicts)
+    ]
 
 
 def _unit(claim: Claim) -> tuple[float, str, Callable[[float], str]]:

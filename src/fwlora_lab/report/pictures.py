@@ -1,4 +1,4 @@
-"""The report's pictures of scores, differences, learning curves and seconds; each has its numbers as text and as CSV."""
+"""The report's pictures of scores, differences, learning curves and seconds, each with its numbers as text and CSV."""
 
 from __future__ import annotations
 

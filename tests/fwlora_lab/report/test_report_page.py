@@ -12,6 +12,7 @@ import re
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import fake_study
 import pytest
@@ -21,7 +22,10 @@ from fwlora_lab.analysis.study import analyse
 from fwlora_lab.report import figures
 from fwlora_lab.report.page import write_report
 
-webdriver = pytest.importorskip("selenium.webdriver", reason="selenium is not installed")
+if TYPE_CHECKING:
+    from selenium import webdriver
+else:
+    webdriver = pytest.importorskip("selenium.webdriver", reason="selenium is not installed")
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 DRIVER = shutil.which("chromedriver")
@@ -88,7 +92,8 @@ def open_all(page) -> None:
 
 
 def test_nothing_is_requested_and_the_console_is_silent(page, folder):
-    page.get_log("browser"), page.get_log("performance")
+    for log in ("browser", "performance"):  # what is in them is from other tests
+        page.get_log(log)
     page.refresh()
     open_all(page)
     for width, scheme in ((360, "dark"), (1440, "light")):
@@ -228,7 +233,9 @@ def test_numbers_are_copied_as_csv(page, folder):
     page.execute_cdp_cmd("Browser.grantPermissions", {"permissions": ["clipboardReadWrite", "clipboardSanitizedWrite"]})
     button = page.find_element("css selector", "button[data-copy=comparisons-table-csv]")
     button.click()
-    wait_for(page, "return document.querySelector('[data-copy=comparisons-table-csv] + .message').textContent", "copied")
+    wait_for(
+        page, "return document.querySelector('[data-copy=comparisons-table-csv] + .message').textContent", "copied"
+    )
     copied = page.execute_async_script(
         "navigator.clipboard.readText().then(arguments[0], e => arguments[0](String(e)))"
     )
