@@ -9,6 +9,7 @@ import sys
 import textwrap
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -60,7 +61,8 @@ register_task(TaskInfo(SPEC, DataSource("dogs", load), train_examples=40))
 @pytest.fixture(autouse=True)
 def registries() -> Iterator[None]:
     """What a test registers is gone after it."""
-    before = [(registry, dict(registry)) for registry in (TASKS, SOURCES, ENCODERS)]
+    registries: list[dict[str, Any]] = [TASKS, SOURCES, ENCODERS]  # type: ignore[list-item]
+    before = [(registry, dict(registry)) for registry in registries]
     yield
     for registry, entries in before:
         registry.clear()

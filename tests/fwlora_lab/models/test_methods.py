@@ -353,7 +353,7 @@ def test_svd_loras_scale_is_exactly_s_at_every_rank(world: World, backbone: Back
         spectrum.copy_(torch.tensor([0.7, -0.4][: len(spectrum)]))
         layer = layers[name]
         x = torch.linspace(-1, 1, a.shape[1], dtype=torch.float64)[None]
-        got = layer(x) - layer.base_layer(x)
+        got = layer(x) - layer.base_layer(x)  # type: ignore[operator]
         torch.testing.assert_close(got, 2.0 * x @ (b @ torch.diag(spectrum) @ a).T, rtol=1e-12, atol=1e-14)
 
 
@@ -446,7 +446,7 @@ def test_a_control_is_plain_lora_with_its_penalty_in_the_loss(world: World, back
         penalty = torch.zeros((), dtype=torch.float64)
         for weight, layer in zip(weights.tolist(), layers, strict=True):
             a, b = layer.lora_A["default"].weight, layer.lora_B["default"].weight
-            norm = a.square().sum() + b.square().sum() if control == "literal" else (2.0 * b @ a).square().sum()
+            norm = a.square().sum() + b.square().sum() if control == "literal" else (2.0 * b @ a).square().sum()  # type: ignore
             penalty = penalty + 0.05 * weight * norm
         step(naive, number, penalty)
         step(arm, number)

@@ -12,7 +12,7 @@ import re
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Any
 
 import fake_study
 import pytest
@@ -22,10 +22,7 @@ from fwlora_lab.analysis.study import analyse
 from fwlora_lab.report import figures
 from fwlora_lab.report.page import write_report
 
-if TYPE_CHECKING:
-    from selenium import webdriver
-else:
-    webdriver = pytest.importorskip("selenium.webdriver", reason="selenium is not installed")
+webdriver = pytest.importorskip("selenium.webdriver", reason="selenium is not installed")
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 DRIVER = shutil.which("chromedriver")
@@ -58,7 +55,7 @@ def folder(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def browser(tmp_path_factory) -> Iterator[webdriver.Chrome]:
+def browser(tmp_path_factory) -> Iterator[Any]:
     options = webdriver.ChromeOptions()
     options.binary_location = str(CHROMIUM)
     for flag in [*FLAGS, f"--user-data-dir={tmp_path_factory.mktemp('profile')}"]:
@@ -71,7 +68,7 @@ def browser(tmp_path_factory) -> Iterator[webdriver.Chrome]:
 
 
 @pytest.fixture
-def page(browser, folder) -> webdriver.Chrome:
+def page(browser, folder) -> Any:
     look(browser, 1440, "light")
     browser.get((folder / "report.html").as_uri())
     return browser
@@ -92,8 +89,8 @@ def open_all(page) -> None:
 
 
 def test_nothing_is_requested_and_the_console_is_silent(page, folder):
-    for log in ("browser", "performance"):  # what is in them is from other tests
-        page.get_log(log)
+    page.get_log("browser")
+    page.get_log("performance")
     page.refresh()
     open_all(page)
     for width, scheme in ((360, "dark"), (1440, "light")):
@@ -233,9 +230,8 @@ def test_numbers_are_copied_as_csv(page, folder):
     page.execute_cdp_cmd("Browser.grantPermissions", {"permissions": ["clipboardReadWrite", "clipboardSanitizedWrite"]})
     button = page.find_element("css selector", "button[data-copy=comparisons-table-csv]")
     button.click()
-    wait_for(
-        page, "return document.querySelector('[data-copy=comparisons-table-csv] + .message').textContent", "copied"
-    )
+    message = "return document.querySelector('[data-copy=comparisons-table-csv] + .message').textContent"
+    wait_for(page, message, "copied")
     copied = page.execute_async_script(
         "navigator.clipboard.readText().then(arguments[0], e => arguments[0](String(e)))"
     )

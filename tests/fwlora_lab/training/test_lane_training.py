@@ -246,6 +246,7 @@ def test_a_run_goes_on_from_its_state_in_another_company_bit_by_bit(tmp_path, me
     train(alone, [second], 7)
     first = whole[0]
     assert second.is_over and [e.step for e in second.epochs] == [11, 22]
+    assert second.logits is not None and first.logits is not None
     np.testing.assert_allclose(second.logits, first.logits, rtol=1e-5, atol=1e-6)
     other, (third,) = started(0)
     train(other, [third], 15)
