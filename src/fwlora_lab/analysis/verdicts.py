@@ -203,7 +203,7 @@ def _decided(
                 "decide it."
             )
     else:
-        reason = f"{interval_name} over seeds lies {'inside' if decision.state == 'holds' else 'outside'} the margin."
+        reason = f"{interval_name} over seeds is {'inside' if decision.state == 'holds' else 'outside'} the margin."
     if new_examples is not None and new_examples != decision.state:
         reason += f" That is for these examples; for new ones it is {new_examples}."
     return Verdict(

@@ -33,7 +33,7 @@ def scores(a, b) -> dict[str, dict[int, float]]:
 def test_summary_keeps_every_seed_and_is_scipys():
     values = [0.61, 0.55, 0.58, 0.6]
     found = statistics.summarize({"lora": {3: 0.55, 1: 0.61, 7: 0.6, 5: 0.58}})["lora"]
-    assert list(found.seeds) == [1, 3, 5, 7] and found.n == 4 and found.undefined_reason is None
+    assert list(found.by_seed) == [1, 3, 5, 7] and found.n == 4 and found.undefined_reason is None
     assert found.mean == pytest.approx(0.585) and found.sd == pytest.approx(np.std(values, ddof=1))
     low, high = scipy.stats.t.interval(0.95, 3, loc=0.585, scale=scipy.stats.sem(values))
     assert found.interval == pytest.approx((low, high, 0.95))

@@ -397,7 +397,7 @@ def test_a_cell_from_records(tmp_path):
     assert list(cell.predictions.outputs) == ["new"]
     assert cell.predictions.outputs["new"][1].tolist() == [0, 1, 1]
     whole = record("new", 0, 0.8, (30.0, 75.0), config={"fw_lora": {"warmup_steps": 50}})
-    assert group_scores({"new": [whole]}).scores["fisher_step_seconds"]["new"][0] == pytest.approx(0.6)
+    assert group_scores({"new": [whole]}).by_metric["fisher_step_seconds"]["new"][0] == pytest.approx(0.6)
     np.savez(tmp_path / "new" / "seed-1" / "predictions.npz", logits=np.eye(2)[[0, 1, 1]], labels=1 - labels)
     with pytest.raises(UserError, match="its labels are not those of the other runs"):
         group_scores(runs, tmp_path)

@@ -248,7 +248,7 @@ def test_a_killed_writer_harms_nobody_and_is_cleared_away(tmp_path: Path) -> Non
     cfg = config(tmp_path)
     first = record_of(cfg)
     write(cfg, first)
-    script = textwrap.dedent(KILLED).format(tests=str(Path(__file__).parents[2]), results=str(tmp_path))
+    script = textwrap.dedent(KILLED).format(tests=str(Path(__file__).parent), results=str(tmp_path))
     done = subprocess.run([sys.executable, "-c", script], capture_output=True)
     assert done.returncode == -signal.SIGKILL, done.stderr.decode()
     leftovers = visible(tmp_path / "demo")

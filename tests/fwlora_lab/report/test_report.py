@@ -26,7 +26,7 @@ from fake_study import claim
 
 from fwlora_lab.analysis import statistics
 from fwlora_lab.analysis.results import read_study, seeds_text
-from fwlora_lab.analysis.study import Analysis, analyse
+from fwlora_lab.analysis.study import Analysis, analyse, seconds_doubt
 from fwlora_lab.cli.main import main
 from fwlora_lab.errors import UserError
 from fwlora_lab.records.folder import RunFolder
@@ -472,6 +472,15 @@ def test_what_makes_a_clock_unfair(tmp_path, engine, shifts, told):
     assert ("Times not comparable" in page.text) == bool(told)
 
 
+def test_the_engine_that_trained_a_run_counts_and_not_the_one_that_was_asked_for(tmp_path):
+    cfg = fake_study.config(tmp_path, "cola", "lora", engine="lanes")
+    together = {"started": fake_study.START, "finished": fake_study.START + timedelta(minutes=1)}
+    in_lanes = [fake_study.record(cfg, seed, 0.5, **together) for seed in (0, 1)]
+    assert seconds_doubt(in_lanes) == "", "lanes of one method"
+    fell_back = [record.model_copy(update={"engine": "peft", "warnings": ["any words"]}) for record in in_lanes]
+    assert seconds_doubt(fell_back).startswith("2 of 2 runs shared the machine")
+
+
 def test_what_a_reader_should_know_first(tmp_path):
     fake_study.study(
         tmp_path, {"cola": {"lora": LORA, "fw_lora": FW}}, evaluated_on="validation", git_commit="0123-dirty"
@@ -703,7 +712,8 @@ def test_the_same_records_give_the_same_bytes_without_torch(small, drawn):
     before = digest(small)
     code = (
         "import sys; from fwlora_lab.report.page import write_report; write_report(sys.argv[1])\n"
-        "heavy = {'torch', 'transformers', 'optuna', 'hydra', *(f'fwlora_lab.{m}' for m in ('training', 'study', 'search', 'lanes', 'models'))}\n"
+        "makers = ('training', 'study', 'search', 'lanes', 'models')\n"
+        "heavy = {'torch', 'transformers', 'optuna', 'hydra', *(f'fwlora_lab.{m}' for m in makers)}\n"
         "print(sorted(heavy & set(sys.modules)))"
     )
     environment = os.environ | {"PYTHONHASHSEED": "7"}
