@@ -230,14 +230,8 @@ def test_numbers_are_copied_as_csv(page, folder):
     page.execute_cdp_cmd("Browser.grantPermissions", {"permissions": ["clipboardReadWrite", "clipboardSanitizedWrite"]})
     button = page.find_element("css selector", "button[data-copy=comparisons-table-csv]")
     button.click()
-<<<<<<< HEAD
-    wait_for(
-        page, "return document.querySelector('[data-copy=comparisons-table-csv] + .message').textContent", "copied"
-    )
-=======
     message = "return document.querySelector('[data-copy=comparisons-table-csv] + .message').textContent"
     wait_for(page, message, "copied")
->>>>>>> h-records
     copied = page.execute_async_script(
         "navigator.clipboard.readText().then(arguments[0], e => arguments[0](String(e)))"
     )
