@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from decimal import Decimal
 from typing import Any
 
@@ -54,3 +55,19 @@ def plain_values(cfg: RunConfig) -> dict[str, Any]:
 def to_yaml(cfg: RunConfig) -> str:
     """The complete config as YAML; reading it back gives an equal config."""
     return yaml.dump(plain_values(cfg), Dumper=Writer, sort_keys=False, allow_unicode=True, width=1_000_000)
+
+
+def yaml_with_comments(text: str, comments: Mapping[str, str]) -> str:
+    """The text of `to_yaml` with a comment behind each value, by dotted key; comments in one column where they fit."""
+    lines: list[tuple[str, str]] = []
+    path: list[str] = []
+    for line in text.splitlines():
+        match = re.match(r"^((?:  )*)(?!- )(\"?)([^\":]+)\2:(?: |$)", line)
+        if match is None:  # an entry of a list
+            lines.append((line, ""))
+            continue
+        depth = len(match[1]) // 2
+        path = [*path[:depth], match[3]]
+        lines.append((line, comments.get(".".join(path), "")))
+    column = min(max(len(line) for line, comment in lines if comment), 44)
+    return "".join(f"{line:<{column}}  # {comment}\n" if comment else f"{line}\n" for line, comment in lines)

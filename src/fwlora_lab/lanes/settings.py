@@ -1,4 +1,4 @@
-"""What the engine is told about the run in a lane, and what it remembers of that run apart from its tensors."""
+"""The settings of the run in a lane, and its progress apart from tensors."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ class Allocation:
     AdaLoRA (arXiv 2303.10512) trains ΔW = s·B·diag(Λ)·A with A and B held near orthogonal. It scores each triplet (row
     of A, entry of Λ, column of B) by a smoothed |w·∇w| times its uncertainty and sets the λ of the lowest scores to
     zero. The number of triplets that stay falls with the cube of the remaining time. With tinit = tfinal = total_steps
-    nothing is ever scored or masked: that is SVD-LoRA.
+    no triplet is ever scored or masked: that is SVD-LoRA.
 
     Args:
         final: ranks that are left at the end, summed over all targets.

@@ -12,12 +12,13 @@ from pydantic import ValidationError
 from fwlora_lab.analysis.claims import Claim, read_claims, request_claims
 from fwlora_lab.config.load import load_run
 from fwlora_lab.config.schema import RunConfig
+from fwlora_lab.config.tree import available_studies
 from fwlora_lab.config.validation import with_values
 from fwlora_lab.errors import UserError
 from fwlora_lab.records.study_plan import StudyCell, StudyPlan
 from fwlora_lab.search.spec import SearchSpec
 from fwlora_lab.seeds import parse_seeds
-from fwlora_lab.study.spec import Selection, StudySpec, available_studies, load_study
+from fwlora_lab.study.spec import Selection, StudySpec, load_study
 from fwlora_lab.text import did_you_mean
 from fwlora_lab.training.jobs import RunSpec
 

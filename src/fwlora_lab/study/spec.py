@@ -10,7 +10,7 @@ from pydantic import Field, ValidationError, model_validator
 from fwlora_lab.config.block import Block
 from fwlora_lab.config.issues import issues_of
 from fwlora_lab.config.schema import Dimension
-from fwlora_lab.config.tree import CONF
+from fwlora_lab.config.tree import CONF, available_studies
 from fwlora_lab.config.yaml_reader import read_file
 from fwlora_lab.errors import UserError
 from fwlora_lab.text import did_you_mean, listing
@@ -99,11 +99,6 @@ class StudySpec(Block):
         if len(set(self.budgets)) < len(self.budgets):
             raise ValueError("budgets: one of them is given twice")
         return self
-
-
-def available_studies() -> list[str]:
-    """The names of the packaged studies."""
-    return sorted(path.stem for path in (CONF / "study").glob("*.yaml"))
 
 
 def load_study(name: str) -> StudySpec:

@@ -21,6 +21,7 @@ import yaml
 from tiny import World, make_data
 
 from fwlora_lab.cli.main import main
+from fwlora_lab.config.tree import available_studies
 from fwlora_lab.config.yaml_writer import to_yaml
 from fwlora_lab.data.files import load_files
 from fwlora_lab.data.load import load_task
@@ -33,7 +34,7 @@ from fwlora_lab.study import workers
 from fwlora_lab.study.estimate import dry_run_lines, estimate
 from fwlora_lab.study.plan import parse_request, plan_study
 from fwlora_lab.study.run import run_study
-from fwlora_lab.study.spec import available_studies, load_study
+from fwlora_lab.study.spec import load_study
 from fwlora_lab.training.device import pick_device
 from fwlora_lab.training.events import RunFinished
 from fwlora_lab.training.resources import ResourceCache
