@@ -30,7 +30,7 @@ def run_planned(plan: PlannedStudy, workers: int) -> int:
     from fwlora_lab.report.page import write_report
     from fwlora_lab.study.run import run_study
 
-    records = run_study(plan, workers)
+    records = run_study(plan, workers=workers)
     print(f"the page: {write_report(plan.results_dir)}")
     return report_failures(records)
 
