@@ -7,13 +7,13 @@ from fwlora_lab.cli.train import RUN, named_run, packaged_runs
 from fwlora_lab.errors import UserError
 
 _LAUNCHER = "hydra/launcher"
-_LAUNCHER_SETTING = "hydra.launcher."
+_LAUNCHER_OVERRIDES = (f"{_LAUNCHER}=", "hydra.launcher.")
 
 
 def _run(arguments: Arguments) -> int:
     run = named_run(arguments)
     workers = arguments.whole_number("workers", 1)
-    launcher = [word for word in arguments.overrides if word.lstrip("+").startswith(_LAUNCHER_SETTING)]
+    launcher = [word for word in arguments.overrides if word.lstrip("+").startswith(_LAUNCHER_OVERRIDES)]
     overrides = [word for word in arguments.overrides if word not in launcher]
     if (name := arguments.get(_LAUNCHER)) is not None:
         launcher.insert(0, f"{_LAUNCHER}={name}")
