@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from typing import Any
 
 import torch
 from peft import LoraConfig, get_peft_model
@@ -33,7 +34,7 @@ class Net(nn.Module):
         return self.head(h.mean(1))
 
 
-def lora_net(kind: str = "linear", seed: int = 0, dtype=torch.float64, **lora) -> nn.Module:
+def lora_net(kind: str = "linear", seed: int = 0, dtype=torch.float64, **lora: Any) -> Any:
     """A PEFT model over `Net` whose B is not zero, so that the penalty has a gradient everywhere."""
     torch.manual_seed(seed)
     settings = dict(r=2, lora_alpha=3, target_modules=["first", "second"], modules_to_save=["head"])

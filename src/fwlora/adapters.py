@@ -1,17 +1,21 @@
-"""One view of every (A, B, scale, frozen matrix) of a PEFT model, whatever layer class holds it."""
+"""Finds every adapted matrix of a PEFT model with its factors A and B and its scale, whatever the layer's class."""
+
+# PEFT's layers and parts of torch are untyped. What is read from them is given a type where it is stored.
+# pyright: reportUnknownMemberType=false
 
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import cast
 
 from peft.tuners.lora import LoraLayer
-from peft.tuners.lora.layer import Embedding, MultiheadAttention, ParamWrapper, _ConvNd
+from peft.tuners.lora.layer import Embedding, MultiheadAttention, ParamWrapper, _ConvNd  # pyright: ignore[reportPrivateUsage]
 from peft.tuners.tuners_utils import BaseTuner
 from torch import nn
 
-# These start by taking a part out of the frozen weight and putting it into BA, so that s·B·A is not the change.
+# These move a part of the frozen weight into B·A at the start, so that s·B·A is not the change of the weight.
 _SPLITTING_INITS = ("pissa", "olora", "corda", "loftq", "lora_ga")
 
 
@@ -27,7 +31,8 @@ class Pair:
     @property
     def scale(self) -> float:
         """s, as PEFT has it now (alpha/r, or alpha/√r with rsLoRA)."""
-        return self.layer.scaling[self.adapter]
+        scaling: dict[str, float] = self.layer.scaling
+        return scaling[self.adapter]
 
 
 @dataclass(frozen=True)
@@ -48,17 +53,17 @@ class Target:
 
 
 def find_targets(model: nn.Module) -> list[Target]:
-    """Every frozen matrix of `model` that carries an active, trainable LoRA adapter, in the model's order.
+    """Every frozen matrix of `model` that has an active, trainable LoRA adapter, in the model's order.
 
     A module that is used in several places (tied) is one target.
 
     Raises:
-        ValueError: no such matrix, or a kind of adapter for which ΔW is not s·B·A of a Linear layer.
+        ValueError: there is no such matrix, or a kind of adapter for which ΔW is not s·B·A of a Linear layer.
     """
     refuse_splitting_inits(model)
-    targets = []
+    targets: list[Target] = []
     seen_layer = False
-    for name, module in model.named_modules():
+    for name, module in named_modules(model):
         if not isinstance(module, LoraLayer):
             continue
         seen_layer = True
@@ -80,6 +85,11 @@ def find_targets(model: nn.Module) -> list[Target]:
     )
 
 
+def named_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """`model.named_modules()`, which torch leaves untyped."""
+    return cast(Iterator[tuple[str, nn.Module]], model.named_modules())
+
+
 def bare_name(name: str) -> str:
     """The module's name in the model that the user knows, without the wrappers' prefixes."""
     while (bare := re.sub(r"^(module|_orig_mod|base_model\.model)\.", "", name)) != name:
@@ -97,6 +107,12 @@ def _parameters(item: nn.Module | nn.Parameter) -> list[nn.Parameter]:
 
 
 def pair_of(name: str, layer: LoraLayer, adapter: str) -> Pair:
+    """The factors of one adapter of a layer.
+
+    Raises:
+        ValueError: the change of the weight is not s·B·A of a Linear layer, or the factors cannot be read here.
+    """
+
     def refuse(cause: str, cure: str) -> ValueError:
         return ValueError(f"fwlora cannot work with {bare_name(name)!r} (adapter {adapter!r}): {cause}. {cure}")
 
@@ -140,6 +156,11 @@ def pair_of(name: str, layer: LoraLayer, adapter: str) -> Pair:
 
 
 def refuse_splitting_inits(model: nn.Module) -> None:
+    """Refuse a model whose adapters were initialised with a part of the frozen weight.
+
+    Raises:
+        ValueError: such an initialisation; the message names it.
+    """
     for module in model.modules():
         if not isinstance(module, BaseTuner):
             continue

@@ -1,9 +1,12 @@
 """From a parameter budget to a rank for every matrix, and back to what a model really holds.
 
-An adapter of rank r on a d_in -> d_out matrix has r·(d_in + d_out) parameters, so a budget buys
-units of rank whose prices differ from matrix to matrix. `rank_pattern` buys as evenly as integers
-allow, `lora_kwargs` writes the result down for PEFT, `count` reads back what was built.
+An adapter of rank r on a d_in -> d_out matrix has r·(d_in + d_out) parameters, so one unit of rank costs more on a
+large matrix than on a small one. `rank_pattern` spends a budget as evenly as whole ranks allow, `lora_kwargs` turns the
+result into PEFT's arguments, `count` counts what was built.
 """
+
+# PEFT's layers and parts of torch are untyped. What is read from them is given a type where it is stored.
+# pyright: reportUnknownMemberType=false
 
 from __future__ import annotations
 
@@ -20,14 +23,16 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import ModulesToSaveWrapper
 from torch import nn
 
-# Steps after which the search for the most proportional pattern keeps the best one found. Up to six
-# prices it ends far earlier by itself; the cap bounds the time on models with dozens of shapes.
+from fwlora.adapters import named_modules
+
+# The search for the most proportional pattern stops after this many steps and keeps the best one found. With up to six
+# different costs it ends far earlier by itself; the limit bounds the time on models with dozens of shapes.
 _SEARCH_STEPS = 20_000
 
 
 @dataclass(frozen=True)
 class Matrix:
-    """A frozen d_out × d_in weight that can carry an adapter, under its full module name."""
+    """A frozen weight of shape [out_features, in_features] that can get an adapter, and its full module name."""
 
     name: str
     in_features: int
@@ -41,7 +46,14 @@ class Matrix:
 
 @dataclass(frozen=True)
 class Counts:
-    """Parameters of a PEFT model, each tensor once; `percent` is adapters / backbone · 100."""
+    """Numbers of parameters of a PEFT model; a tensor that is used in several places counts once.
+
+    Attributes:
+        backbone: the frozen pretrained model.
+        adapters: the active adapters.
+        head: everything else that is trained.
+        trainable: all that the optimizer changes.
+    """
 
     backbone: int
     adapters: int
@@ -50,22 +62,28 @@ class Counts:
 
     @property
     def percent(self) -> float:
+        """Adapters in percent of the backbone."""
         return 100 * self.adapters / self.backbone
 
 
 def matrices(model: nn.Module, names: Sequence[str]) -> list[Matrix]:
     """The Linear and Conv1D modules that `names` mean in a plain model, in the model's order.
 
-    A name is a full module name or its end after a dot, which is the rule of PEFT's
-    `target_modules`. Only shapes are read: the model may be on the meta device. Raises ValueError
-    for a name without a match and for a match that is neither Linear nor Conv1D.
+    Only shapes are read, so the model may be on the meta device.
+
+    Args:
+        model: the model as it was before PEFT.
+        names: full module names, or their ends after a dot, as in PEFT's `target_modules`.
+
+    Raises:
+        ValueError: a name without a match, or one that matches a module that is neither Linear nor Conv1D.
     """
     if isinstance(names, str):
         raise ValueError(f"names is the single string {names!r}; pass a list of module names")
-    modules = {name: module for name, module in model.named_modules() if name}
+    modules = {name: module for name, module in named_modules(model) if name}
     wanted = set(names)
     hit: set[str] = set()
-    found = []
+    found: list[Matrix] = []
     for name, module in modules.items():
         by = {want for want in wanted if name == want or name.endswith("." + want)}
         if by:
@@ -77,11 +95,13 @@ def matrices(model: nn.Module, names: Sequence[str]) -> list[Matrix]:
 
 
 def parameters_of_percent(percent: float, backbone_parameters: int) -> int:
-    """The whole number of parameters in `percent` of the backbone, rounded down.
+    """The number of parameters in `percent` of the backbone, rounded down.
 
-    The percentage is taken as the decimal number that it is written as, so 0.29 % of 10,000 is 29
-    and not 28. Raises ValueError for a percentage that is not a positive finite number and for a
-    backbone without parameters.
+    The percentage is read as the decimal number that was written, not as its binary approximation, so 0.29 % of 10,000
+    is 29 and not 28.
+
+    Raises:
+        ValueError: a percentage that is not a positive finite number, or a backbone without parameters.
     """
     _positive_number("percent", percent)
     _whole_number("backbone_parameters", backbone_parameters)
@@ -91,13 +111,22 @@ def parameters_of_percent(percent: float, backbone_parameters: int) -> int:
 
 
 def rank_pattern(matrices: Sequence[Matrix], budget: int) -> dict[str, int]:
-    """A rank for every matrix, as near uniform as integers allow, never above `budget` parameters.
+    """A rank for every matrix, as near to uniform as whole numbers allow, with at most `budget` parameters in all.
 
-    Every matrix gets ⌊budget / Σ cost⌋; what is left buys one more unit for some. Those are chosen
-    to use the most parameters; among equals, so that the kinds of matrix (kind = cost) get the most
-    equal shares, min Σ_k n_k·(m_k/n_k − f)² for m_k of n_k matrices of kind k and f the share of
-    all; within a kind, evenly over depth (the order given). Rank 0 means no adapter. Raises
-    ValueError for a budget that buys no rank at all or one above min(d_in, d_out).
+    Every matrix gets rank ⌊budget / Σ cost⌋, and some get one more from what is left. Which ones is decided in three
+    steps. (1) The choice that uses the most parameters. (2) Among equals, the choice that gives matrices of each cost
+    the most equal share: with m_k of the n_k matrices of cost k chosen, and f the share that all costs would get, the
+    least Σ_k n_k·(m_k/n_k − f)². (3) Within one cost, matrices at even distances in the order given (depth).
+
+    Args:
+        matrices: the matrices to adapt.
+        budget: the most parameters that all adapters together may have.
+
+    Returns:
+        The rank by name; 0 means no adapter.
+
+    Raises:
+        ValueError: a budget that buys no rank at all, or a rank above min(d_in, d_out).
     """
     if not matrices:
         raise ValueError("there is no matrix to give a rank to; check the names of the target modules")
@@ -129,7 +158,7 @@ def rank_pattern(matrices: Sequence[Matrix], budget: int) -> dict[str, int]:
         if base < _limit(m):
             kinds.setdefault(m.cost, []).append(m)
     costs = sorted(kinds, reverse=True)
-    extras = _fill(costs, [len(kinds[cost]) for cost in costs], left)
+    extras = _extra_ranks(costs, [len(kinds[cost]) for cost in costs], left)
     pattern = {m.name: base for m in matrices}
     for cost, extra in zip(costs, extras, strict=True):
         for m in _evenly(kinds[cost], extra):
@@ -140,9 +169,14 @@ def rank_pattern(matrices: Sequence[Matrix], budget: int) -> dict[str, int]:
 def lora_kwargs(pattern: Mapping[str, int], scale: float) -> dict[str, Any]:
     """Arguments of `peft.LoraConfig` for each matrix's rank, with s = alpha / r = `scale` for all.
 
-    `pattern` holds full module names of the plain model, without the prefix that PEFT adds. Not for
-    rsLoRA, where s = alpha / √r, nor for AdaLoRA, which takes no rank per matrix. Raises ValueError
-    for a negative rank, for a pattern of zeros and for a scale that is not positive.
+    Not for rsLoRA, where s = alpha / √r, nor for AdaLoRA, which takes no rank per matrix.
+
+    Args:
+        pattern: rank by the full module name in the plain model, without the prefix that PEFT adds.
+        scale: s of `ΔW = s·B·A`.
+
+    Raises:
+        ValueError: a negative rank, a pattern of zeros, or a scale that is not positive.
     """
     _positive_number("scale", scale)
     for name, rank in pattern.items():
@@ -158,17 +192,17 @@ def lora_kwargs(pattern: Mapping[str, int], scale: float) -> dict[str, Any]:
         return int(exact) if exact == int(exact) else float(exact)  # PEFT's own type is int
 
     largest = max(ranks.values())
-    # PEFT tries every key on every module, so only what differs from the common values is listed;
-    # "^" because it would otherwise accept a key at the end of a longer name.
+    # PEFT tries every key on every module, so only what differs from the common values is listed. The "^" keeps a key
+    # from matching the end of a longer name.
     differing = {"^" + re.escape(name): rank for name, rank in ranks.items() if rank != largest}
-    kwargs = {
+    kwargs: dict[str, Any] = {
         "r": largest,
         "lora_alpha": alpha(largest),
         "target_modules": list(ranks),
         "rank_pattern": differing,
         "alpha_pattern": {key: alpha(rank) for key, rank in differing.items()},
     }
-    # PEFT takes a target for the end of longer names too: no matrix of rank 0 may come in that way.
+    # PEFT matches a target with the end of longer names too. A matrix of rank 0 must not get an adapter that way.
     ends = tuple("." + name for name in ranks)
     shadowed = [name for name in pattern if name not in ranks and name.endswith(ends)]
     if shadowed:
@@ -177,26 +211,30 @@ def lora_kwargs(pattern: Mapping[str, int], scale: float) -> dict[str, Any]:
 
 
 def count(model: nn.Module) -> Counts:
-    """What a model that PEFT has prepared holds, in parameters; tied tensors count once.
+    """Count the parameters of a model that PEFT has prepared.
 
-    `adapters` are the tensors of the active adapters (LoRA: A and B; AdaLoRA: A, B and E), trained
-    or loaded for inference. `head` is the active copies of `modules_to_save` and whatever else is
-    trained. `backbone` is the rest; the frozen originals that PEFT keeps beside its copies, and
-    inactive adapters, are in neither. A packed 4-bit weight counts d_in·d_out. Raises ValueError
-    for a model without an active adapter.
+    `adapters` are the tensors of the active adapters (LoRA: A and B; AdaLoRA: A, B and E), whether they are trained or
+    loaded for inference. `head` are the active copies of `modules_to_save`, and everything else that is trained.
+    `backbone` is the rest. Two things count nowhere: inactive adapters, and the frozen originals of which PEFT trains a
+    copy. Tensors are told apart by identity, so a tied one counts once. A packed 4-bit weight counts as d_in·d_out.
+
+    Raises:
+        ValueError: a model without an active adapter.
     """
+    # Each tensor's id goes into one of these by the module that owns it; the loop below over all parameters then sorts
+    # the rest into head (trained) and backbone (frozen).
     adapters: set[int] = set()
     head: set[int] = set()
-    idle: set[int] = set()
-    originals = []
-    for name, module in model.named_modules():
+    idle: set[int] = set()  # inactive adapters, and tensors that are no weights
+    originals: list[str] = []
+    for name, module in named_modules(model):
         if isinstance(module, BaseTunerLayer):
             for attribute in module.adapter_layer_names:
                 for adapter, held in getattr(module, attribute, {}).items():
                     into = adapters if adapter in module.active_adapters else idle
                     tensors = held.parameters() if isinstance(held, nn.Module) else [held]
                     into.update(map(id, tensors))
-            # AdaLoRA keeps the current rank as a Parameter: bookkeeping, not a weight.
+            # AdaLoRA stores the current rank as a Parameter, which is no weight.
             idle.update(map(id, getattr(module, "ranknum", {}).values()))
         elif isinstance(module, ModulesToSaveWrapper):
             for adapter, copy in module.modules_to_save.items():
@@ -210,7 +248,7 @@ def count(model: nn.Module) -> Counts:
     sizes: dict[int, int] = {}
     trainable: set[int] = set()
     kept = tuple(originals)
-    # With duplicates: a frozen original tied to a tensor elsewhere is backbone by that name.
+    # With duplicates, because a frozen original that is tied to a tensor elsewhere is backbone under that other name.
     for name, parameter in model.named_parameters(remove_duplicate=False):
         key = id(parameter)
         if key not in sizes:
@@ -227,37 +265,35 @@ def count(model: nn.Module) -> Counts:
     return Counts(size(backbone), size(adapters), size(head - adapters), size(trainable))
 
 
-def _fill(costs: Sequence[int], counts: Sequence[int], room: int) -> list[int]:
-    """How many of each kind to take: the largest Σ cost·taken ≤ `room`, then the most equal shares.
+def _extra_ranks(costs: Sequence[int], counts: Sequence[int], capacity: int) -> list[int]:
+    """How many matrices of each cost get one more unit of rank.
 
-    The largest sum comes from the set of all reachable sums, held as the bits of one integer. Its
-    most proportional composition is found by branch and bound over the kinds: where the counts of
-    the remaining kinds may be real numbers, the nearest point of the plane Σ cost·taken = sum is
-    known in closed form, which orders and bounds the candidates.
+    First the largest total Σ cost·taken that fits into `capacity`, then, among the ways to reach that total, the one
+    with the most equal shares.
+
+    The most equal shares are found by branch and bound, one cost after another. If the remaining counts could be any
+    real numbers, the best ones would be the nearest point of a plane (Σ cost·taken = total), which is known in closed
+    form. It gives the order in which counts are tried, and a lower bound that ends hopeless branches.
+
+    Args:
+        costs: the different costs, each once.
+        counts: the number of matrices of each cost.
+        capacity: the parameters that are left to spend.
     """
     if not costs:
         return []
     unit = math.gcd(*costs)
     prices = [cost // unit for cost in costs]
-    room //= unit
-    within = (1 << (room + 1)) - 1
-    sums = [1]  # sums[k]: what kinds k and later can reach, built from the last kind backwards
-    for price, number in zip(reversed(prices), reversed(counts), strict=True):
-        bits, step = sums[-1], 1
-        while number:
-            step = min(step, number)
-            bits |= (bits << (step * price)) & within
-            number -= step
-            step *= 2
-        sums.append(bits)
-    sums.reverse()
+    capacity //= unit
+    sums = _reachable_totals(prices, counts, capacity)
     target = sums[0].bit_length() - 1
-    # One bit of a long integer costs a copy of it, one byte of a bytes object does not.
-    reachable = [bits.to_bytes((room >> 3) + 1, "little") for bits in sums]
+    # Reading one bit of a long integer copies all of it; reading one byte of a bytes object does not.
+    reachable = [bits.to_bytes((capacity >> 3) + 1, "little") for bits in sums]
 
     kinds = len(prices)
     share = target / sum(price * number for price, number in zip(prices, counts, strict=True))
-    wanted = [share * number for number in counts]
+    wanted = [share * number for number in counts]  # the counts with exactly equal shares, not whole numbers
+    # Sums over kinds k and later, for the bounds.
     spread, later_want, later_rounding = ([0.0] * (kinds + 1) for _ in range(3))
     for k in reversed(range(kinds)):
         spread[k] = spread[k + 1] + prices[k] ** 2 * counts[k]
@@ -275,9 +311,9 @@ def _fill(costs: Sequence[int], counts: Sequence[int], room: int) -> list[int]:
             return
         slack = rest - later_want[k]
         centre = wanted[k] + slack * prices[k] * counts[k] / spread[k]
-        room_for_cost = max(0.0, best_cost - cost - slack**2 / spread[k])
-        # The tolerance keeps a solution that floating point puts a hair beside its integer.
-        radius = math.sqrt(room_for_cost * counts[k] * spread[k + 1] / spread[k]) + 1e-6
+        allowed = max(0.0, best_cost - cost - slack**2 / spread[k])
+        # The tolerance keeps a count that rounding errors put just outside its integer.
+        radius = math.sqrt(allowed * counts[k] * spread[k + 1] / spread[k]) + 1e-6
         low = max(0, math.ceil(centre - radius))
         high = min(counts[k], rest // prices[k], math.floor(centre + radius))
         for number in sorted(range(low, high + 1), key=lambda n: (abs(n - centre), n)):
@@ -298,8 +334,27 @@ def _fill(costs: Sequence[int], counts: Sequence[int], room: int) -> list[int]:
     return best
 
 
+def _reachable_totals(prices: Sequence[int], counts: Sequence[int], capacity: int) -> list[int]:
+    """For each k, the totals up to `capacity` that kinds k and later can reach: bit t is set if some choice costs t.
+
+    This is the subset-sum problem by dynamic programming, with one long integer as the table.
+    """
+    within = (1 << (capacity + 1)) - 1
+    sums = [1]  # built from the last kind backwards
+    for price, number in zip(reversed(prices), reversed(counts), strict=True):
+        # Every count up to `number` is a sum of some of 1, 2, 4, … and a rest: log2(number) shifts instead of number.
+        bits, step = sums[-1], 1
+        while number:
+            step = min(step, number)
+            bits |= (bits << (step * price)) & within
+            number -= step
+            step *= 2
+        sums.append(bits)
+    return sums[::-1]
+
+
 def _evenly(items: Sequence[Matrix], number: int) -> list[Matrix]:
-    """`number` of the items at even distances (Bresenham's line, centred)."""
+    """`number` of the items at even distances (Bresenham's line algorithm, centred)."""
     n = len(items)
     line = [(i * number + n // 2) // n for i in range(n + 1)]
     return [item for i, item in enumerate(items) if line[i + 1] > line[i]]
@@ -318,7 +373,7 @@ def _shape(name: str, module: nn.Module) -> tuple[int, int]:
         d_in, d_out = module.get_parameter("weight").shape  # GPT-2 stores it transposed
         return d_in, d_out
     raise ValueError(
-        f"{name} is a {type(module).__name__}, neither Linear nor Conv1D; name the Linear layers inside or beside it"
+        f"{name} is a {type(module).__name__}, neither Linear nor Conv1D; name the Linear layers inside it or near it"
     )
 
 
@@ -340,7 +395,7 @@ def _elements(model: nn.Module, name: str, parameter: nn.Parameter) -> int:
 
 
 def _whole_number(what: str, value: object, hint: str = "") -> None:
-    if not isinstance(value, Integral) or isinstance(value, bool):
+    if isinstance(value, bool) or not isinstance(value, Integral):
         raise ValueError(f"{what} is {value!r}; it must be a whole number{hint}")
 
 

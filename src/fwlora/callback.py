@@ -15,10 +15,16 @@ _STATE = "fwlora.pt"
 
 
 class FWLoraCallback(TrainerCallback):
-    """Attaches the method when training begins; `handle` is None until then.
+    """Attaches the method when training begins.
 
-    The Trainer knows the number of steps, so a `warmup_steps` given as a fraction works and a K that is too large is
+    The Trainer knows the number of steps, so a `warmup_steps` given as a fraction works, and a K that is too large is
     refused. The state is saved into each checkpoint and read from the one that training resumes from.
+
+    Args:
+        config: the method's settings; by default `FWLoraConfig()`.
+
+    Attributes:
+        handle: what `fwlora.attach` returned; None before training begins.
     """
 
     def __init__(self, config: FWLoraConfig | None = None) -> None:
@@ -53,7 +59,8 @@ class FWLoraCallback(TrainerCallback):
         **kwargs: Any,
     ) -> None:
         if self.handle is not None and self.handle.phase == "penalty" and logs is not None:
-            # The Trainer has filed a copy of `logs` already; callbacks that come later read `logs` itself.
+            # The Trainer has appended a copy of `logs` to its history before it calls the callbacks; later callbacks
+            # read `logs` itself. Both get the value.
             penalty = float(self.handle.penalty())
             logs["fw_lora_penalty"] = state.log_history[-1]["fw_lora_penalty"] = penalty
 

@@ -1,4 +1,4 @@
-"""The settings of Fisher-Weighted LoRA, checked when they are made."""
+"""The settings of Fisher-Weighted LoRA, checked when they are made; importing them does not import torch."""
 
 from __future__ import annotations
 
@@ -6,11 +6,11 @@ import functools
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from fwlora import estimators
-from fwlora.penalty import NORMS
-from fwlora.weighting import WEIGHTINGS
+from fwlora.choices import Averaging, Estimator, PenaltyMode, PenaltyNorm, Setting, Weighting, choices_of
+
+_CHOICES: tuple[Setting, ...] = ("estimator", "averaging", "weighting", "penalty_mode", "penalty_norm")
 
 # Names before version 0.2, and the names in the request that the method comes from. They are read and never written.
 FORMER_NAMES = {
@@ -57,54 +57,49 @@ class FWLoraConfig:
     """The settings of Fisher-Weighted LoRA; without arguments it is the method as first written down.
 
     Args:
-        warmup_steps: K, how long to watch before weighing: optimiser steps (int) or a fraction of the run (float in
-            (0, 1), which needs `total_steps`).
-        fisher_ema_decay: α of `F ← αF + (1 − α)f`, starting at 0. 0.98 remembers about 50 steps.
+        warmup_steps: K, the length of the warm-up in which F is measured: optimizer steps (int) or a fraction of the
+            run (float in (0, 1), which needs `total_steps`).
+        fisher_ema_decay: α of `F ← αF + (1 − α)f`, which starts at 0. 0.98 averages over about 50 steps.
         estimator: how a step's `f_m` is measured: "exact", "sketch", "adapter" or "per_example" (see
-            `fwlora.estimators`).
-        fisher_interval: with the hooked estimators, look at every n-th step only.
-        fisher_start: first step that is looked at; a new random head makes the first steps' gradients meaningless.
+            `fwlora.estimators`), or a name that was added with `fwlora.register_estimator`.
+        fisher_interval: measure f at every n-th step only.
+        fisher_start: the first step at which f is measured. With a new random head, the gradients of the first steps
+            say little about the task.
         sketch_columns: k, the columns of the Gaussian probe of "sketch".
-        averaging: "raw" averages f itself, "normalized" each step's `f / Σf`.
-        weighting: "importance", "uniform", "rank", "power" or "permuted" (see `fwlora.weighting`).
+        averaging: "raw" averages f itself, "normalized" averages each step's `f / Σf`.
+        weighting: "importance", "uniform", "rank", "power" or "permuted" (see `fwlora.weighting`), or a name that was
+            added with `fwlora.register_weighting`.
         gamma, max_weight_ratio: exponent and bound of the "power" weighting.
         normalize_weights: divide the weights by their mean.
         penalty_strength: λ.
-        penalty_mode: "loss" adds the penalty's gradient to the adapters' gradients, as if it stood in the loss (after
-            clipping); "decoupled" takes `lr · gradient` off the factors themselves, like AdamW's weight decay.
+        penalty_mode: "loss" adds the penalty's gradient to the adapters' gradients, as a term of the loss would (but
+            after gradient clipping); "decoupled" subtracts `lr · gradient` from the factors, like AdamW's weight decay.
         penalty_norm: "update" is `‖s·B·A‖_F²`, "factors" is `‖A‖_F² + ‖B‖_F²`.
         seed: of the probes of "sketch" and of the shuffle of "permuted".
 
     Raises:
-        ValueError: a setting outside its range, by name.
+        ValueError: a setting outside its range; the message names it.
     """
 
     warmup_steps: int | float = 500
     fisher_ema_decay: float = 0.98
-    estimator: str = "exact"
+    estimator: Estimator | str = "exact"
     fisher_interval: int = 1
     fisher_start: int = 0
     sketch_columns: int = 4
-    averaging: str = "raw"
-    weighting: str = "importance"
+    averaging: Averaging = "raw"
+    weighting: Weighting | str = "importance"
     gamma: float = 0.5
     max_weight_ratio: float = 4.0
     normalize_weights: bool = False
     penalty_strength: float = 1e-4
-    penalty_mode: str = "loss"
-    penalty_norm: str = "update"
+    penalty_mode: PenaltyMode = "loss"
+    penalty_norm: PenaltyNorm = "update"
     seed: int = 0
 
     def __post_init__(self) -> None:
-        choices = {
-            "estimator": estimators.ESTIMATORS,
-            "averaging": ("raw", "normalized"),
-            "weighting": WEIGHTINGS,
-            "penalty_mode": ("loss", "decoupled"),
-            "penalty_norm": NORMS,
-        }
-        for name, allowed in choices.items():
-            if getattr(self, name) not in allowed:
+        for name in _CHOICES:
+            if getattr(self, name) not in (allowed := choices_of(name)):
                 raise ValueError(f"FWLoraConfig.{name} = {getattr(self, name)!r}: must be one of {', '.join(allowed)}")
         fraction = isinstance(self.warmup_steps, float)
         ranges = {
@@ -125,43 +120,50 @@ class FWLoraConfig:
                 raise ValueError(f"FWLoraConfig.{name} = {getattr(self, name)!r}: must be {meaning}")
         if not fraction and self.fisher_start >= self.warmup_steps:
             raise ValueError(
-                f"FWLoraConfig.fisher_start = {self.fisher_start}: no step is left to watch before "
+                f"FWLoraConfig.fisher_start = {self.fisher_start}: no step is left to observe before "
                 f"warmup_steps = {self.warmup_steps}"
             )
 
     def resolve_warmup_steps(self, total_steps: int | None) -> int:
-        """K in optimiser steps.
+        """K in optimizer steps.
+
+        Args:
+            total_steps: optimizer steps of the whole run; None where they are not known.
 
         Raises:
-            ValueError: a fraction of an unknown number of steps, or a K that leaves no step to shrink in.
+            ValueError: a fraction of an unknown number of steps, or a K after which no step is left to penalize.
         """
-        if isinstance(self.warmup_steps, float):
-            if total_steps is None:
-                raise ValueError(
-                    f"FWLoraConfig.warmup_steps = {self.warmup_steps} is a fraction of the run: pass total_steps, "
-                    "or give warmup_steps as a number of steps."
-                )
-            steps = max(1, round(self.warmup_steps * total_steps))
-        else:
-            steps = self.warmup_steps
+        if isinstance(self.warmup_steps, float) and total_steps is None:
+            raise ValueError(
+                f"FWLoraConfig.warmup_steps = {self.warmup_steps} is a fraction of the run: pass total_steps, "
+                "or give warmup_steps as a number of steps."
+            )
+        steps = warmup_in_steps(self.warmup_steps, total_steps or 0)
         if total_steps is not None and steps >= total_steps:
             raise ValueError(
-                f"FWLoraConfig.warmup_steps = {self.warmup_steps} leaves no step to shrink in: the run has only "
-                f"{total_steps} optimiser steps. Use a fraction such as warmup_steps=0.25, or fewer than {total_steps} "
+                f"FWLoraConfig.warmup_steps = {self.warmup_steps} leaves no step to penalize in: the run has only "
+                f"{total_steps} optimizer steps. Use a fraction such as warmup_steps=0.25, or fewer than {total_steps} "
                 "steps."
             )
         if self.fisher_start >= steps:
             raise ValueError(
-                f"FWLoraConfig.fisher_start = {self.fisher_start}: no step is left to watch before the end of the "
+                f"FWLoraConfig.fisher_start = {self.fisher_start}: no step is left to observe before the end of the "
                 f"warm-up at step {steps}"
             )
         return steps
 
-    def __getattr__(self, name: str) -> Any:
-        if name in FORMER_NAMES:
-            _warn_of(name, FORMER_NAMES[name])
-            return getattr(self, FORMER_NAMES[name])
-        raise AttributeError(f"FWLoraConfig has no setting {name!r}")
+    if not TYPE_CHECKING:  # a type checker must refuse the former names, and every other name that is wrong
+
+        def __getattr__(self, name: str) -> Any:
+            if name in FORMER_NAMES:
+                _warn_of(name, FORMER_NAMES[name])
+                return getattr(self, FORMER_NAMES[name])
+            raise AttributeError(f"FWLoraConfig has no setting {name!r}")
 
 
-FWLoraConfig.__init__ = _with_former_names(FWLoraConfig.__init__)  # type: ignore[method-assign]
+FWLoraConfig.__init__ = _with_former_names(FWLoraConfig.__init__)
+
+
+def warmup_in_steps(warmup_steps: int | float, total_steps: int) -> int:
+    """K in optimizer steps from a number of steps (int) or a fraction of the run (float), at least 1."""
+    return max(1, round(warmup_steps * total_steps)) if isinstance(warmup_steps, float) else warmup_steps

@@ -1,4 +1,4 @@
-"""How much gradient reaches a frozen matrix: the estimators, as pure tensor functions.
+"""How much gradient reaches a frozen matrix: the estimators, as tensor functions and as what a hook calls.
 
 A frozen layer computes `y = x Wᵀ`. With `X` the inputs of all tokens of a step, one row a token, and `G` the
 gradients of the loss with respect to the outputs, the gradient that `W` would get if it were not frozen is
@@ -17,41 +17,22 @@ and the Fisher proxy of the step is `‖∇W L‖_F²`. The estimators differ in
 module and several processes are summed before the norm is taken, as they are for a real gradient.
 """
 
+# Parts of torch are untyped, and its batched operations (_foreach_*) have no public names.
+# pyright: reportUnknownMemberType=false, reportPrivateUsage=false, reportPrivateImportUsage=false
+
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
+from fwlora.choices import Averaging, add_choice
+from fwlora.config import FWLoraConfig
+
 if TYPE_CHECKING:
     from jaxtyping import Float
-
-ESTIMATORS = ("exact", "sketch", "adapter", "per_example")
-
-
-class _Tap(torch.autograd.Function):
-    """x goes through `save_for_backward`, so that gradient checkpointing frees and recomputes it as any other
-    activation; where the checkpointed forward runs without gradients, the tap sits in the recomputed graph."""
-
-    @staticmethod
-    def forward(ctx: Any, y: Tensor, x: Tensor, sink: Callable[[Tensor, Tensor], None]) -> Tensor:
-        ctx.save_for_backward(x)
-        ctx.sink = sink
-        return y.view_as(y)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Any) -> Any:
-        (x,) = ctx.saved_tensors
-        with torch.no_grad():
-            ctx.sink(grads[0], x)
-        return grads[0], None, None
-
-
-def tap(y: Tensor, x: Tensor, sink: Callable[[Tensor, Tensor], None]) -> Tensor:
-    """y unchanged, such that the backward pass calls `sink(∂L/∂y, x)`: a layer's G and X, without a weight gradient."""
-    return _Tap.apply(y, x.detach(), sink)  # type: ignore[return-value]
 
 
 def _rows(t: Float[Tensor, "*batch d"]) -> Float[Tensor, "n d"]:
@@ -71,16 +52,16 @@ def sketched_gradient(
 ) -> Float[Tensor, "k d_out"]:
     """`(XΩ)ᵀG`, which costs k·(d_in + d_out) a token instead of d_in·d_out.
 
-    The transpose of `Gᵀ(XΩ)`: read along its rows, the tall G goes through the product several times faster.
+    It is the transpose of `Gᵀ(XΩ)`, because the product reads a tall G several times faster along its rows.
     """
     return (_rows(x) @ probe).T @ _rows(g)
 
 
-def per_example_energy(g: Float[Tensor, "*batch d_out"], x: Float[Tensor, "*batch d_in"]) -> Float[Tensor, ""]:
+def per_example_squared_norm(g: Float[Tensor, "*batch d_out"], x: Float[Tensor, "*batch d_in"]) -> Float[Tensor, ""]:
     """`Σ_i ‖G_iᵀX_i‖_F²` over the examples i (the first dimension), the loss scaled as it was in the batch.
 
-    Through `‖GᵀX‖_F² = Σ_tu (GGᵀ ∘ XXᵀ)_tu`, so a sentence of T tokens costs T²·(d_in + d_out). Where the loss is
-    the mean over n examples, `n` times this is the trace of the matrix's block of the empirical Fisher.
+    Computed as `‖GᵀX‖_F² = Σ_tu (GGᵀ ∘ XXᵀ)_tu`, so a sentence of T tokens costs T²·(d_in + d_out). If the loss is
+    the mean over n examples, `n` times this is the trace of the matrix's block of the empirical Fisher matrix.
     A two-dimensional input has one token per example.
     """
     g = g.to(torch.promote_types(g.dtype, torch.float32))
@@ -94,12 +75,12 @@ def gaussian_probe(
 ) -> Float[Tensor, "d_in k"]:
     """A probe Ω with independent N(0, 1) entries that is a function of (seed, step, d_in) alone.
 
-    Fresh each step, because a probe that stays fixed never averages out; the same in every process, so that
-    sketches can be summed over processes.
+    It is fresh at each step, because the error of a fixed probe never averages out, and the same in every process,
+    so that sketches can be summed over processes.
     """
     generator = torch.Generator(device=device)
     generator.manual_seed(((seed * 1_000_003 + step) * 1_000_003 + d_in) % 2**63)
-    # Its columns lie in memory as rows: a thin product reads them several times faster.
+    # Drawn as rows and transposed: a thin product reads columns that are contiguous in memory several times faster.
     return torch.randn(columns, d_in, generator=generator, device=device, dtype=dtype).T
 
 
@@ -109,14 +90,14 @@ def squared_norms(statistics: Sequence[Tensor], loss_scale: Tensor | float = 1.0
     return (torch.stack([n.to(norms[0].device) for n in norms]) / loss_scale).square()
 
 
-def adapter_energy(
+def adapter_squared_norm(
     grads_b: Sequence[Tensor], scales: Float[Tensor, " m"], shapes: Sequence[tuple[int, int]]
 ) -> Float[Tensor, " m"]:
     """`3·d_in/(s²·r) · ‖∇B‖_F²`, an estimate of `‖∇W‖_F²` that costs nothing.
 
     `∇B = s·∇W·Aᵀ`, and PEFT draws A's entries from U(±1/√d_in), so `E‖∇B‖_F² = s²·r/(3·d_in)·‖∇W‖_F²` at
     initialisation, with LoRA's dropout off. A then aligns with the gradient and the estimate grows, unevenly over
-    matrices (9x after 20 steps was seen): for a rough ranking only. `shapes` holds (r, d_in).
+    matrices (9x after 20 steps in one run): use it for a rough ranking only. `shapes` holds (r, d_in).
     """
     squares = squared_norms([g.to(torch.promote_types(g.dtype, torch.float32)) for g in grads_b])
     factor = torch.tensor([3.0 * d_in / r for r, d_in in shapes], dtype=squares.dtype)
@@ -127,15 +108,142 @@ def update_average(
     fisher: Float[Tensor, "*lanes m"],
     step: Float[Tensor, "*lanes m"],
     decay: float | Float[Tensor, "*lanes 1"],
-    averaging: str,
+    averaging: Averaging,
 ) -> tuple[Float[Tensor, "*lanes m"], Tensor]:
     """`F ← α·F + (1 − α)·f` (the request), or the same over the step's normalized `f / Σf`.
 
     Raw values follow the global size of the gradient, so steps with a large loss dominate; normalized values weigh
-    every step alike. A step with a non-finite value leaves F as it is. Returns the new F and whether the step counted,
-    boolean [*lanes]: nothing here waits for the device.
+    every step alike. A step with a non-finite value leaves F as it is. `*lanes` are any leading dimensions, for
+    several runs at once.
+
+    Returns:
+        The new F, and whether the step was counted (boolean, [*lanes]) as a tensor, so that nothing waits for the
+        device.
     """
     if averaging == "normalized":
         step = step / step.sum(-1, keepdim=True)
     counted = torch.isfinite(step).all(-1)
     return torch.where(counted[..., None], decay * fisher + (1.0 - decay) * step, fisher), counted
+
+
+class HookedEstimator:
+    """What a hook keeps of a layer's G and X in a backward pass, and the f_m that follows from it.
+
+    This class is "exact". An estimator of your own overrides what it does differently, and is added with
+    `fwlora.register_estimator`. Everything runs without autograd, in at least fp32.
+
+    Attributes:
+        config: the settings of the run.
+        loss_power: the statistic grows with the loss to this power: 1 for a gradient, 2 for squares of gradients. It
+            says how the statistics of several processes, each of its own part of the batch, become that of all.
+    """
+
+    loss_power: int = 1
+
+    def __init__(self, config: FWLoraConfig) -> None:
+        self.config = config
+
+    def statistic(self, g: Tensor, x: Tensor, step: int) -> Tensor:
+        """What is kept of one use of a layer. Micro-batches, uses and processes are summed before `measure`.
+
+        Args:
+            g: gradients of the loss with respect to the layer's outputs, [*batch, d_out].
+            x: the layer's inputs, [*batch, d_in].
+            step: the optimizer step, counted from 0.
+        """
+        return weight_gradient(g, x)
+
+    def shape(self, d_out: int, d_in: int) -> tuple[int, ...]:
+        """The statistic's shape; a matrix that no gradient reached in a step gets zeros of it."""
+        return d_out, d_in
+
+    def measure(self, statistics: Sequence[Tensor], loss_scale: Tensor | float) -> Tensor:
+        """f_m of every matrix, [m], from the statistics of the step.
+
+        Args:
+            statistics: one for each matrix, summed.
+            loss_scale: the factor by which a GradScaler enlarged the loss; 1.0 without one. f must not depend on it.
+        """
+        return squared_norms(statistics, loss_scale)
+
+    def end_step(self) -> None:
+        """Drop what belongs to one step only. Called after each observed step."""
+
+
+class SketchEstimator(HookedEstimator):
+    """A Gaussian sketch of the weight gradient, with one probe for all matrices of one width in a step."""
+
+    def __init__(self, config: FWLoraConfig) -> None:
+        super().__init__(config)
+        self._probes: dict[tuple[int, torch.device, torch.dtype], Tensor] = {}
+
+    def statistic(self, g: Tensor, x: Tensor, step: int) -> Tensor:
+        dtype = torch.promote_types(x.dtype, torch.float32)
+        key = (x.shape[-1], x.device, dtype)
+        if key not in self._probes:
+            self._probes[key] = gaussian_probe(
+                x.shape[-1],
+                self.config.sketch_columns,
+                seed=self.config.seed,
+                step=step,
+                device=x.device,
+                dtype=dtype,
+            )
+        return sketched_gradient(g, x, self._probes[key])
+
+    def shape(self, d_out: int, d_in: int) -> tuple[int, ...]:
+        return self.config.sketch_columns, d_out
+
+    def measure(self, statistics: Sequence[Tensor], loss_scale: Tensor | float) -> Tensor:
+        return squared_norms(statistics, loss_scale) / self.config.sketch_columns
+
+    def end_step(self) -> None:
+        self._probes.clear()
+
+
+class PerExampleEstimator(HookedEstimator):
+    """The sum over examples of the squared norm of each example's weight gradient."""
+
+    loss_power = 2
+
+    def statistic(self, g: Tensor, x: Tensor, step: int) -> Tensor:
+        return per_example_squared_norm(g, x)
+
+    def shape(self, d_out: int, d_in: int) -> tuple[int, ...]:
+        return ()
+
+    def measure(self, statistics: Sequence[Tensor], loss_scale: Tensor | float) -> Tensor:
+        return torch.stack([s.to(statistics[0].device) for s in statistics]) / loss_scale**2
+
+
+# "adapter" is not here: it reads the gradient of B, which PEFT computes anyway, and needs no hook (see `capture`).
+_HOOKED: dict[str, Callable[[FWLoraConfig], HookedEstimator]] = {
+    "exact": HookedEstimator,
+    "sketch": SketchEstimator,
+    "per_example": PerExampleEstimator,
+}
+
+
+def register_estimator(name: str, estimator: Callable[[FWLoraConfig], HookedEstimator]) -> None:
+    """Add an estimator, which `FWLoraConfig(estimator=name)` and run configs accept from then on.
+
+    Args:
+        name: an identifier that no other estimator has.
+        estimator: a subclass of `HookedEstimator`; one object of it is made for each call of `fwlora.attach`.
+
+    Raises:
+        ValueError: the name is taken or is not an identifier.
+    """
+    add_choice("estimator", name)
+    _HOOKED[name] = estimator
+
+
+def hooked_estimator(config: FWLoraConfig) -> HookedEstimator:
+    """The estimator that `config` names.
+
+    Raises:
+        ValueError: "adapter", which needs no hook, or a name that was never registered in this process.
+    """
+    if config.estimator not in _HOOKED:
+        raise ValueError(f"{config.estimator!r} is not one of the hooked estimators: {', '.join(_HOOKED)}")
+    return _HOOKED[config.estimator](config)

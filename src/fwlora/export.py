@@ -1,8 +1,11 @@
-"""Write a trained adapter as plain LoRA, cut to fewer ranks where asked; vanilla PEFT loads it.
+"""Write a trained adapter as plain LoRA, cut to fewer ranks on request; PEFT loads it without this package.
 
 By Eckart and Young (1936) the nearest matrix of rank k to `ΔW = Σ_i σ_i u_i v_iᵀ`, σ falling, is the sum of its first k
 terms, at a distance of `(Σ_{i>k} σ_i²)^½`.
 """
+
+# PEFT's layers and parts of torch are untyped. What is read from them is given a type where it is stored.
+# pyright: reportUnknownMemberType=false, reportUnknownVariableType=false
 
 from __future__ import annotations
 
@@ -12,6 +15,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import cast
 
 import torch
 from peft import LoraConfig, PeftModel
@@ -21,10 +25,10 @@ from peft.utils import get_peft_model_state_dict
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from fwlora.adapters import bare_name, pair_of, refuse_splitting_inits
+from fwlora.adapters import bare_name, named_modules, pair_of, refuse_splitting_inits
 from fwlora.budget import lora_kwargs
 
-# What a config says about other things than ranks, scales and how they were trained.
+# The settings of the adapter's own config that are copied: all but ranks, scales and how they were trained.
 _KEPT = (
     "task_type",
     "base_model_name_or_path",
@@ -48,17 +52,23 @@ def export_adapter(
 ) -> dict[str, float]:
     """Write the active adapter of a PEFT model (LoRA or AdaLoRA) as a plain LoRA adapter, and the trained head with it.
 
-    Each `ΔW = s·B·A` is written as it is, or as its nearest matrix of the rank that `ranks` gives it: one number for
-    all, or one by full module name, where a matrix that is not named keeps its rank; 0 leaves it out. `budget` chooses
-    the ranks instead: parameters, spent on the largest σ_i²/(d_in + d_out) of all matrices together, which no other
-    choice of as many parameters beats by more than the last singular value. Nothing is ever widened by either.
+    Each `ΔW = s·B·A` is written as it is, or as the nearest matrix of a lower rank. The file has one s = alpha/r for
+    all matrices; a matrix whose own s differs gets the ratio into its B.
 
-    The file has one s = alpha/r for all matrices: `scale`, by default the first matrix's; what another one's differs
-    by goes into its B. Ranks that differ stand in rank_pattern and alpha_pattern, which vLLM ignores: `uniform` pads
-    all with zeros to the highest. (vLLM takes no trained head either.)
+    Args:
+        model: a PEFT model with one active adapter.
+        path: the folder to write into.
+        ranks: the highest rank of every matrix, or one by full module name. A matrix that is not named keeps its rank;
+            0 leaves it out.
+        budget: parameters of all adapters together, instead of `ranks`. They are spent on the largest
+            σ_i²/(d_in + d_out) of all matrices; another choice of as many parameters is better by at most the last
+            singular value.
+        scale: s of the file; by default that of the first matrix.
+        uniform: pad all matrices with zeros to the highest rank. Otherwise, ranks that differ are written to
+            rank_pattern and alpha_pattern, which vLLM ignores. (vLLM does not load a trained head either.)
 
     Returns:
-        ‖ΔW − ΔW_k‖_F, what was cut from each matrix, by name; 0 where nothing was.
+        ‖ΔW − ΔW_k‖_F, what was cut from each matrix, by name; 0 if nothing was.
 
     Raises:
         ValueError: not a PEFT model with one active adapter of Linear layers, or ranks that mean no adapter.
@@ -86,9 +96,9 @@ def export_adapter(
     for name, f in factors.items():
         if rank := kept[name]:
             a, b = f.cut(rank, scale)
-            room = widest - rank if uniform else 0
-            state[f"base_model.model.{name}.lora_A.weight"] = nn.functional.pad(a, (0, 0, 0, room))
-            state[f"base_model.model.{name}.lora_B.weight"] = nn.functional.pad(b, (0, room))
+            missing = widest - rank if uniform else 0
+            state[f"base_model.model.{name}.lora_A.weight"] = nn.functional.pad(a, (0, 0, 0, missing))
+            state[f"base_model.model.{name}.lora_B.weight"] = nn.functional.pad(b, (0, missing))
     old = peft_model.peft_config[adapter]
     config = LoraConfig(**{key: getattr(old, key) for key in _KEPT}, **kwargs, inference_mode=True)
     # PEFT would write sets in the order of their hashes, which changes from process to process.
@@ -111,15 +121,16 @@ class _Factors:
         return len(self.a)
 
     def at_most(self, rank: int) -> int:
-        """The rank that it has when no more than `rank` are left."""
+        """The rank that is kept if `rank` is the highest allowed."""
         return self.rank if rank >= self.rank else min(rank, len(self.b), self.a.shape[1])
 
     @cached_property
     def svd(self) -> tuple[Tensor, Tensor, Tensor]:
-        """U [d_out, k], σ [k], V [d_in, k] of ΔW in float64, k = min(r, d_in, d_out), by way of an r × r matrix."""
-        q_b, r_b = torch.linalg.qr(self.b.double())
-        q_a, r_a = torch.linalg.qr(self.a.double().T)
-        u, sigma, vt = torch.linalg.svd(self.scale * r_b @ r_a.T, full_matrices=False)
+        """U [d_out, k], σ [k], V [d_in, k] of ΔW in float64, k = min(r, d_in, d_out), by the SVD of an r × r one."""
+        q_b, r_b = cast(tuple[Tensor, Tensor], torch.linalg.qr(self.b.double()))
+        q_a, r_a = cast(tuple[Tensor, Tensor], torch.linalg.qr(self.a.double().T))
+        thin = torch.linalg.svd(self.scale * r_b @ r_a.T, full_matrices=False)
+        u, sigma, vt = cast(tuple[Tensor, Tensor, Tensor], thin)
         return q_b @ u, sigma, q_a @ vt.T
 
     def cut(self, rank: int, scale: float) -> tuple[Tensor, Tensor]:
@@ -131,7 +142,7 @@ class _Factors:
         return (v * root).T.to(self.a), (u * root).to(self.b)
 
     def lost(self, rank: int) -> float:
-        return 0.0 if rank == self.rank else float(self.svd[1][rank:].norm())
+        return 0.0 if rank == self.rank else float(cast(Tensor, self.svd[1][rank:].norm()))
 
 
 def _only_adapter(model: nn.Module) -> tuple[PeftModel, str]:
@@ -145,16 +156,17 @@ def _only_adapter(model: nn.Module) -> tuple[PeftModel, str]:
 
 
 def _factors(model: PeftModel, adapter: str) -> dict[str, _Factors]:
-    """The adapted matrices by their names in the plain model, in its order; ranks that AdaLoRA masked are left out."""
+    """The adapted matrices by their names in the plain model, in its order, without the ranks that AdaLoRA masked."""
     found: dict[str, _Factors] = {}
-    for name, layer in model.named_modules():
+    for name, layer in named_modules(model):
         if not isinstance(layer, LoraLayer) or not (adapter in layer.lora_A or adapter in layer.lora_embedding_A):
             continue
         if isinstance(layer, AdaLoraLayer):
             spectrum = layer.lora_E[adapter].detach()[:, 0]
             own = spectrum.nonzero()[:, 0]
             a, b = layer.lora_A[adapter].detach()[own], (layer.lora_B[adapter].detach() * spectrum)[:, own]
-            scale = layer.scaling[adapter] / (float(layer.ranknum[adapter].detach()) + 1e-5)  # as PEFT divides
+            scaling: dict[str, float] = layer.scaling
+            scale = scaling[adapter] / (float(layer.ranknum[adapter].detach()) + 1e-5)  # as PEFT divides
         else:
             pair = pair_of(name, layer, adapter)
             if getattr(layer.lora_B[adapter], "bias", None) is not None:
@@ -170,10 +182,11 @@ def _factors(model: PeftModel, adapter: str) -> dict[str, _Factors]:
 
 def _ranks_within(factors: Mapping[str, _Factors], budget: int) -> dict[str, int]:
     """The ranks that buy the most Σ σ² for `budget` parameters, greedily by σ²/cost."""
-    offers = []
+    offers: list[tuple[float, int, str]] = []
     for name, f in factors.items():
         cost = len(f.b) + f.a.shape[1]
-        offers += [(sigma**2 / cost, cost, name) for sigma in f.svd[1].tolist()]
+        spectrum: list[float] = f.svd[1].tolist()
+        offers += [(sigma**2 / cost, cost, name) for sigma in spectrum]
     ranks = dict.fromkeys(factors, 0)
     left = budget
     for gain, cost, name in sorted(offers, key=lambda offer: -offer[0]):
@@ -186,7 +199,7 @@ def _ranks_within(factors: Mapping[str, _Factors], budget: int) -> dict[str, int
 
 
 def _write(path: Path, config: LoraConfig, state: Mapping[str, Tensor]) -> None:
-    """Both files, or none: written beside `path`, then moved."""
+    """Write both files, or none: into a temporary folder first, from which they are moved."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}-") as folder:
         config.save_pretrained(folder)

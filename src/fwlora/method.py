@@ -1,4 +1,7 @@
-"""The clock of Fisher-Weighted LoRA: watch for K steps, weigh once, then penalize at every step.
+"""Attach Fisher-Weighted LoRA to an optimizer: warm-up, weighting, penalty.
+
+For K steps (the warm-up) the method measures how much gradient reaches each frozen matrix; it then fixes the weights
+once, and penalizes the updates at every later step:
 
     L_total = L_task + λ Σ_m w_m ‖ΔW_m‖_F²,   w_m = 1 − F_m / ΣF,   F_m = EMA over K steps of ‖∇W_m L_task‖_F²
 
@@ -7,21 +10,24 @@ micro-batches, averaged over processes and clipped, and the penalty's gradient i
 never enters the loss that is logged or evaluated, and it needs no further forward or backward pass.
 """
 
+# Parts of torch are untyped, and its batched operations (_foreach_*) have no public names.
+# pyright: reportUnknownMemberType=false, reportPrivateUsage=false, reportPrivateImportUsage=false
+
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
 from dataclasses import asdict
-from typing import Any, Literal, TypeAlias
+from typing import Any, Literal, TypeAlias, cast
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from fwlora import estimators
 from fwlora.adapters import Pair, Target, find_targets
+from fwlora.capture import AdapterCapture, Capture, HookCapture
 from fwlora.config import FWLoraConfig
+from fwlora.estimators import hooked_estimator, update_average
 from fwlora.penalty import Penalty, update_norms
 from fwlora.weighting import importance, penalty_weights
 
@@ -29,10 +35,15 @@ Phase: TypeAlias = Literal["warmup", "penalty", "detached"]
 
 
 class FisherWeightedLoRA:
-    """What `attach` returns: the method at work on one model and one optimizer.
+    """What `attach` returns: Fisher-Weighted LoRA on one model and one optimizer.
 
-    It is inert but for its hooks. `phase` is "warmup" while the Fisher proxies are gathered, "penalty" once the
-    weights are frozen, and "detached" after `detach()`.
+    It acts through hooks alone: there is nothing to call in the training loop.
+
+    Attributes:
+        phase: "warmup" while F is measured, "penalty" once the weights are fixed, "detached" after `detach()`.
+        step: optimizer steps so far.
+        warmup_steps: K in optimizer steps.
+        names: the adapted matrices, in the order of all values.
     """
 
     def __init__(
@@ -48,11 +59,9 @@ class FisherWeightedLoRA:
         self.config = config
         self.warmup_steps = config.resolve_warmup_steps(total_steps)
         self.step = 0
-        self._scaler = scaler
-        self._group = process_group
         self._optimizer = optimizer
         groups = {id(p): g for g in optimizer.param_groups for p in g["params"]}
-        self.targets = _held_targets(find_targets(model), groups)
+        self.targets = _trained_targets(find_targets(model), groups)
         self.names = _unique_names(self.targets)
         self._pairs: list[Pair] = [p for t in self.targets for p in t.pairs]
         self._owner = [i for i, t in enumerate(self.targets) for _ in t.pairs]
@@ -66,26 +75,27 @@ class FisherWeightedLoRA:
         self._skipped = torch.zeros((), dtype=torch.int64, device=device)
         self._weights: Tensor | None = None
         self._coefficients: tuple[tuple[float, ...], list[Tensor]] | None = None
-        self._statistics: list[Tensor | None] = [None] * len(self.targets)
-        self._probes: dict[tuple, Tensor] = {}
-        if config.estimator == "adapter" and any(not t.pairs[0].b.requires_grad for t in self.targets):
-            raise ValueError(
-                "FWLoraConfig.estimator = 'adapter' reads the gradient of B, which is frozen here: "
-                "use estimator='sketch'."
+        self._capture: Capture
+        if config.estimator == "adapter":
+            self._capture = AdapterCapture(self.targets)
+        else:
+            self._capture = HookCapture(
+                self.targets,
+                hooked_estimator(config),
+                dtype=self._fisher.dtype,
+                step=lambda: self.step,
+                is_observing=self._is_observing,
+                scaler=scaler,
+                group=process_group,
             )
-        self._taps = [
-            t.layer.register_forward_hook(self._tap(i), with_kwargs=True)
-            for i, t in enumerate(self.targets)
-            if config.estimator != "adapter"
-        ]
         self._step_hook = optimizer.register_step_pre_hook(self._before_step)
         self.phase: Phase = "warmup"
 
-    # What people read
+    # What can be read
 
     def fisher(self) -> dict[str, float]:
-        """F_m by matrix, as averaged so far. Waits for the device."""
-        return dict(zip(self.names, self._fisher.tolist(), strict=True))
+        """F_m by matrix, as averaged so far, in the squared units of a gradient. Waits for the device."""
+        return self._by_name(self._fisher)
 
     def importance(self) -> dict[str, float]:
         """I_m = F_m / ΣF by matrix, as known so far; sums to 1. Waits for the device.
@@ -94,10 +104,10 @@ class FisherWeightedLoRA:
             RuntimeError: before the first observed step.
         """
         self._check_fisher()
-        return dict(zip(self.names, importance(self._fisher).tolist(), strict=True))
+        return self._by_name(importance(self._fisher))
 
     def weights(self) -> dict[str, float]:
-        """w_m by matrix: the frozen ones, or in the warm-up those that would be frozen now.
+        """w_m by matrix: the fixed ones; during the warm-up, those that would be fixed now.
 
         Raises:
             RuntimeError: before the first observed step.
@@ -105,13 +115,17 @@ class FisherWeightedLoRA:
         if self._weights is None:
             self._check_fisher()
         weights = self._weigh() if self._weights is None else self._weights
-        return dict(zip(self.names, weights.tolist(), strict=True))
+        return self._by_name(weights)
 
     def penalty(self) -> Tensor:
-        """The value of `λ Σ w_m ‖ΔW_m‖²` now, a scalar on the device; 0 before the weights are frozen."""
+        """The value of `λ Σ w_m ‖ΔW_m‖²` now, a scalar on the device; 0 before the weights are fixed."""
         if self._weights is None:
             return self._fisher.new_zeros(())
         return self._penalty.value(self._penalty_coefficients())
+
+    def _by_name(self, values: Tensor) -> dict[str, float]:
+        numbers = cast(list[float], values.tolist())
+        return dict(zip(self.names, numbers, strict=True))
 
     def update_norms(self) -> dict[str, float]:
         """‖s·B·A‖_F by matrix, summed over its active adapters. Waits for the device."""
@@ -128,7 +142,7 @@ class FisherWeightedLoRA:
         return int(self._skipped)
 
     def state_dict(self) -> dict[str, Any]:
-        """The clock and the Fisher proxies: all that a resumed run needs besides the model and the optimizer."""
+        """The step and the Fisher proxies: all that a resumed run needs besides the model and the optimizer."""
         return {
             "step": self.step,
             "fisher": self._fisher.clone(),
@@ -138,10 +152,11 @@ class FisherWeightedLoRA:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Goes on where `state_dict` was taken; the weights follow from F and this handle's config.
+        """Continue from where `state_dict` was taken; the weights follow from F and this handle's config.
 
         Raises:
-            ValueError: the state belongs to other matrices.
+            ValueError: the state belongs to other matrices, or this handle is detached or already past the warm-up
+                that the state is from.
         """
         if state["names"] != self.names:
             odd = sorted(set(state["names"]) ^ set(self.names))
@@ -154,21 +169,21 @@ class FisherWeightedLoRA:
         self.step = int(state["step"])
         self._fisher.copy_(state["fisher"])
         self._skipped.copy_(state["skipped"])
-        self._forget()
+        self._capture.forget()
         if self.step >= self.warmup_steps:
             self._freeze()
         elif self.phase == "penalty":
             raise ValueError("this state is from the warm-up, which is over here: attach again, then load it")
 
     def detach(self) -> None:
-        """Takes every hook off; the model and the optimizer are as they were without fwlora."""
-        self._remove_taps()
+        """Remove every hook: the model and the optimizer are as they were without fwlora."""
+        self._capture.remove()
         self._step_hook.remove()
         self.phase = "detached"
 
     # What happens at each step
 
-    def _before_step(self, optimizer: torch.optim.Optimizer, args: tuple, kwargs: dict) -> None:
+    def _before_step(self, optimizer: torch.optim.Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if kwargs.get("closure") is not None or any(callable(a) for a in args[1:]):
             raise ValueError(
                 "fwlora cannot work with optimizer.step(closure): the closure computes the gradients after fwlora "
@@ -177,120 +192,29 @@ class FisherWeightedLoRA:
         # A fused optimizer under a GradScaler gets scaled gradients, and unscales them itself.
         scale = getattr(optimizer, "grad_scale", None)
         if self.phase == "warmup":
-            if self._watching():
+            if self._is_observing():
                 self._observe(scale)
         else:
-            self._shrink(scale, getattr(optimizer, "found_inf", None))
+            self._penalize(scale, getattr(optimizer, "found_inf", None))
         self.step += 1
         if self.step == self.warmup_steps:
             self._freeze()
 
-    def _watching(self) -> bool:
-        ago = self.step - self.config.fisher_start
-        return 0 <= ago and ago % self.config.fisher_interval == 0
-
-    def _tap(self, index: int) -> Callable[..., Tensor | None]:
-        target = self.targets[index]
-        pair = target.pairs[0]
-        # Without a gradient of this factor, no backward pass has reached the target since zero_grad.
-        witness = pair.b if pair.b.requires_grad else pair.a
-
-        def sink(g: Tensor, x: Tensor) -> None:
-            statistic = self._statistic(g, x)
-            before = self._statistics[index]
-            self._statistics[index] = statistic if before is None else before.add_(statistic)
-
-        def hook(layer: nn.Module, args: tuple, kwargs: dict, output: Tensor) -> Tensor | None:
-            if not (torch.is_grad_enabled() and output.requires_grad and self._watching()):
-                return None
-            recomputing = torch._C._current_graph_task_id() != -1
-            if self._statistics[index] is not None and witness.grad is None and not recomputing:
-                # The gradients were zeroed without a step, as a GradScaler does after an overflow.
-                self._forget()
-            x = args[0] if args else kwargs["x"]
-            return estimators.tap(output, x, sink)
-
-        return hook
-
-    def _statistic(self, g: Tensor, x: Tensor) -> Tensor:
-        match self.config.estimator:
-            case "exact":
-                return estimators.weight_gradient(g, x)
-            case "sketch":
-                dtype = torch.promote_types(x.dtype, torch.float32)
-                key = (x.shape[-1], x.device, dtype)
-                if key not in self._probes:
-                    self._probes[key] = estimators.gaussian_probe(
-                        x.shape[-1],
-                        self.config.sketch_columns,
-                        seed=self.config.seed,
-                        step=self.step,
-                        device=x.device,
-                        dtype=dtype,
-                    )
-                return estimators.sketched_gradient(g, x, self._probes[key])
-            case _:
-                return estimators.per_example_energy(g, x)
+    def _is_observing(self) -> bool:
+        since_start = self.step - self.config.fisher_start
+        return 0 <= since_start and since_start % self.config.fisher_interval == 0
 
     def _observe(self, scale: Tensor | None) -> None:
-        kind = self.config.estimator
-        if kind == "adapter":
-            pairs = [t.pairs[0] for t in self.targets]
-            zero = [torch.zeros_like(p.b) if p.b.grad is None else p.b.grad for p in pairs]
-            scales = torch.tensor([p.scale for p in pairs], dtype=torch.float64)
-            shapes = [(p.a.shape[0], p.a.shape[1]) for p in pairs]
-            step = estimators.adapter_energy(zero, scales, shapes)
-            if scale is not None:
-                step = step / scale.to(step.device).square()
-        else:
-            if self._scaler is not None:
-                scale = self._scaler.scale(self._fisher.new_ones(()))
-            statistics = self._reduced()
-            if kind == "per_example":
-                factor = 1.0 if scale is None else scale.to(self._fisher.device).square()
-                step = torch.stack([s.to(self._fisher.device) for s in statistics]) / factor
-            else:
-                step = estimators.squared_norms(statistics, 1.0 if scale is None else scale)
-                if kind == "sketch":
-                    step = step / self.config.sketch_columns
-        self._forget()
-        self._fisher, counted = estimators.update_average(
-            self._fisher, step.to(self._fisher), self.config.fisher_ema_decay, self.config.averaging
+        f = self._capture.measure(scale)
+        self._capture.forget()
+        self._fisher, counted = update_average(
+            self._fisher, f.to(self._fisher), self.config.fisher_ema_decay, self.config.averaging
         )
         self._skipped += ~counted
 
-    def _reduced(self) -> list[Tensor]:
-        """Each target's statistic of the step; the mean gradient's over the processes of a DDP run."""
-        statistics = [
-            s if s is not None else self._silent(t) for s, t in zip(self._statistics, self.targets, strict=True)
-        ]
-        if self._group is not None:
-            # The loss of the step is the mean over processes: gradients are averaged, energies by the square.
-            world = dist.get_world_size(self._group)
-            share = world**2 if self.config.estimator == "per_example" else world
-            works = [dist.all_reduce(s, group=self._group, async_op=True) for s in statistics]
-            for work in works:
-                work.wait()  # type: ignore[union-attr]
-            torch._foreach_div_(statistics, float(share))
-        return statistics
-
-    def _silent(self, target: Target) -> Tensor:
-        """The statistic of a matrix that no gradient reached in this step, of the shape that other processes have."""
-        rows = target.out_features
-        shape = {
-            "exact": (rows, target.in_features),
-            "sketch": (self.config.sketch_columns, rows),
-            "per_example": (),
-        }[self.config.estimator]
-        return torch.zeros(shape, dtype=self._fisher.dtype, device=target.pairs[0].a.device)
-
-    def _forget(self) -> None:
-        self._statistics = [None] * len(self.targets)
-        self._probes.clear()
-
     def _freeze(self) -> None:
         self._check_fisher()
-        self._remove_taps()
+        self._capture.remove()
         self._weights = self._weigh()
         self._coefficients = None
         self.phase = "penalty"
@@ -340,7 +264,7 @@ class FisherWeightedLoRA:
         return self._coefficients[1]
 
     @torch.no_grad()
-    def _shrink(self, scale: Tensor | None, found_inf: Tensor | None) -> None:
+    def _penalize(self, scale: Tensor | None, found_inf: Tensor | None) -> None:
         if self.config.penalty_strength == 0.0:
             return
         coefficients = self._penalty_coefficients()
@@ -362,21 +286,15 @@ class FisherWeightedLoRA:
                 if group is not None:
                     by_group.setdefault(id(group), []).append(i)
             for chosen in by_group.values():
-                lr = self._groups[chosen[0]]["lr"]  # type: ignore[index]
+                lr = cast(float, self._groups[chosen[0]]["lr"])  # type: ignore[index]
                 steps = torch._foreach_mul([terms[i] for i in chosen], -lr)
                 _add([self._factors[i] for i in chosen], list(steps))
-
-    def _remove_taps(self) -> None:
-        for tap in self._taps:
-            tap.remove()
-        self._taps = []
-        self._forget()
 
 
 def _add(targets: list[Tensor], terms: list[Tensor]) -> None:
     if len({id(t) for t in targets}) == len(targets):
         torch._foreach_add_(targets, terms)
-    else:  # tied adapters: the batched addition may race where one tensor stands twice
+    else:  # tied adapters: the batched addition may race on a tensor that is listed twice
         for target, term in zip(targets, terms, strict=True):
             target.add_(term)
 
@@ -385,19 +303,19 @@ def _accumulation(pairs: list[Pair]) -> torch.dtype:
     return torch.promote_types(pairs[0].a.dtype, torch.float32)
 
 
-def _held_targets(targets: list[Target], groups: dict[int, dict]) -> list[Target]:
-    """Those targets that the optimizer trains, each with the pairs that it trains."""
-    held = []
+def _trained_targets(targets: list[Target], groups: dict[int, dict[str, Any]]) -> list[Target]:
+    """The targets that the optimizer trains, each with the pairs that it trains."""
+    trained: list[Target] = []
     for t in targets:
         pairs = tuple(p for p in t.pairs if id(p.a) in groups or id(p.b) in groups)
         if pairs:
-            held.append(Target(t.name, t.layer, pairs))
-    if not held:
+            trained.append(Target(t.name, t.layer, pairs))
+    if not trained:
         raise ValueError(
             f"this optimizer trains none of the {len(targets)} LoRA layers of the model: make the optimizer after "
             "get_peft_model and from that model's parameters."
         )
-    return held
+    return trained
 
 
 def _unique_names(targets: list[Target]) -> list[str]:
@@ -416,26 +334,26 @@ def attach(
     scaler: Any = None,
     process_group: Any = "auto",
 ) -> FisherWeightedLoRA:
-    """Adds Fisher-Weighted LoRA to a training run: the one added line.
+    """Add Fisher-Weighted LoRA to a training run: the one added line.
 
     Call it once, after `get_peft_model` and after the optimizer was made, before the first step.
 
     Args:
         model: a PEFT model with plain LoRA adapters, also wrapped (DDP).
-        optimizer: the optimizer that trains its adapters; Accelerate's wrapper is looked through.
+        optimizer: the optimizer that trains its adapters; Accelerate's wrapper around one is accepted too.
         config: the method's settings.
-        total_steps: optimiser steps of the whole run, where known. Needed for a `warmup_steps` given as a fraction.
-        scaler: the GradScaler, where one is used with `estimator="exact"`, "sketch" or "per_example": without it a
-            change of the loss scale during the warm-up weighs steps differently (`averaging="normalized"` does not).
-        process_group: over which Fisher statistics are averaged. "auto" is DDP's own, or all processes where
-            torch.distributed is set up; None keeps each process to itself.
+        total_steps: optimizer steps of the whole run, if known. Needed for a `warmup_steps` given as a fraction.
+        scaler: the GradScaler, if one is used with an estimator other than "adapter". Without it, a change of the loss
+            scale during the warm-up weighs steps differently (with `averaging="normalized"` it does not).
+        process_group: the processes over which Fisher statistics are averaged. "auto" is DDP's own group, or all
+            processes if torch.distributed is initialised; None averages over no other process.
 
     Returns:
         The handle: `phase`, `importance()`, `weights()`, `penalty()`, `state_dict()`, `detach()`.
 
     Raises:
         ValueError: nothing to attach to, or a layer, adapter, optimizer or setting that the method is not
-            defined for. The message names the cause and the cure.
+            defined for. The message says what to do.
     """
     if isinstance(getattr(optimizer, "optimizer", None), torch.optim.Optimizer):
         # Accelerate's wrapper calls itself an Optimizer, but has none of its hooks.
@@ -443,7 +361,7 @@ def attach(
         optimizer = optimizer.optimizer
     if not hasattr(optimizer, "register_step_pre_hook"):
         raise ValueError(
-            f"fwlora needs a torch.optim.Optimizer, and {type(optimizer).__name__} is none: pass the inner optimizer "
+            f"fwlora needs a torch.optim.Optimizer, not a {type(optimizer).__name__}: pass the inner optimizer "
             "of the wrapper."
         )
     hooks = getattr(optimizer, "_optimizer_step_pre_hooks", {}).values()
@@ -452,9 +370,9 @@ def attach(
     if process_group == "auto":
         process_group = None
         if isinstance(model, DistributedDataParallel):
-            process_group = model.process_group
+            process_group = cast(Any, model.process_group)
         elif dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
-            process_group = dist.group.WORLD
+            process_group = cast(Any, dist.group.WORLD)
     return FisherWeightedLoRA(
         model,
         optimizer,

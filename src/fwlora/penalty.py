@@ -4,8 +4,8 @@ With the r × r Gram matrices `AAᵀ` and `BᵀB`,
 
     ‖s·B·A‖_F² = s² tr((BᵀB)(AAᵀ)),   ∂/∂A = 2s² (BᵀB) A,   ∂/∂B = 2s² B (AAᵀ),
 
-so a penalty costs O(r²(d_in + d_out)) a matrix. Matrices of equal shape are stacked and go through one batched
-product: a handful of launches for a whole model, whatever its depth.
+so a penalty costs O(r²(d_in + d_out)) a matrix. Matrices of equal shape are stacked into one batched product, so that
+the number of kernel launches does not grow with the model's depth.
 """
 
 from __future__ import annotations
@@ -13,15 +13,17 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, get_args
 
 import torch
 from torch import Tensor
 
+from fwlora.choices import PenaltyNorm
+
 if TYPE_CHECKING:
     from jaxtyping import Float
 
-NORMS = ("update", "factors")
+NORMS: tuple[PenaltyNorm, ...] = get_args(PenaltyNorm)
 
 
 def update_norms(a: Float[Tensor, "n r d_in"], b: Float[Tensor, "n d_out r"]) -> Float[Tensor, " n"]:
@@ -38,10 +40,10 @@ def update_gradients(
 
 
 def factor_norms(a: Float[Tensor, "n r d_in"], b: Float[Tensor, "n d_out r"]) -> Float[Tensor, " n"]:
-    """`‖A‖_F² + ‖B‖_F²` of each pair, what the request's code penalises.
+    """`‖A‖_F² + ‖B‖_F²` of each pair, which the request's code penalizes.
 
-    Its minimum over all factors of one product is twice the nuclear norm of BA, so it prefers low rank, where
-    `‖BA‖_F²` does not; and it pulls on A from the first step, while B is still zero.
+    Its minimum over all factors of one product is twice the nuclear norm of BA, so unlike `‖BA‖_F²` it prefers low
+    rank. It also shrinks A from the first step, while B is still zero.
     """
     return a.square().sum((-2, -1)) + b.square().sum((-2, -1))
 
@@ -56,14 +58,14 @@ def factor_gradients(
 
 @dataclass
 class Stack:
-    """Pairs of one shape, dtype and device: `index` are their positions in the model's list of pairs."""
+    """Pairs of one shape, dtype and device; `index` holds their positions in the model's list of pairs."""
 
     index: list[int]
     a: list[Tensor]
     b: list[Tensor]
 
     def stacked(self) -> tuple[Float[Tensor, "n r d_in"], Float[Tensor, "n d_out r"]]:
-        """Both factors in at least fp32: a Gram matrix of bf16 entries loses the small updates."""
+        """Both factors in at least fp32, because a Gram matrix of bf16 entries loses small updates."""
         dtype = torch.promote_types(self.a[0].dtype, torch.float32)
         return torch.stack(self.a).to(dtype), torch.stack(self.b).to(dtype)
 
@@ -74,12 +76,12 @@ class Penalty:
     `norm` is "update" (`‖B_p A_p‖_F²`) or "factors" (`‖A_p‖_F² + ‖B_p‖_F²`).
     """
 
-    def __init__(self, pairs: Sequence[tuple[Tensor, Tensor]], norm: str) -> None:
+    def __init__(self, pairs: Sequence[tuple[Tensor, Tensor]], norm: PenaltyNorm) -> None:
         self.norms, self.gradients = {
             "update": (update_norms, update_gradients),
             "factors": (factor_norms, factor_gradients),
         }[norm]
-        groups: dict[tuple, Stack] = defaultdict(lambda: Stack([], [], []))
+        groups: dict[tuple[Any, ...], Stack] = defaultdict(lambda: Stack([], [], []))
         for i, (a, b) in enumerate(pairs):
             group = groups[(a.shape, b.shape, a.dtype, b.dtype, a.device)]
             group.index.append(i)

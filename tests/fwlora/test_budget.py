@@ -7,6 +7,7 @@ import math
 import random
 import re
 import time
+from typing import Any
 
 import peft
 import pytest
@@ -90,7 +91,7 @@ def test_one_tenth_percent_of_roberta_base_by_hand(roberta_base):
 
 
 def test_roberta_base_with_adapters_and_head_on_the_meta_device():
-    config = transformers.RobertaConfig(vocab_size=50_265, max_position_embeddings=514, type_vocab_size=1, num_labels=2)
+    config = transformers.RobertaConfig(vocab_size=50_265, max_position_embeddings=514, type_vocab_size=1, num_labels=2)  # type: ignore[call-arg]
     with torch.device("meta"):
         model = transformers.AutoModelForSequenceClassification.from_config(config)
         pattern = rank_pattern(matrices(model, roberta_targets(12, False, "roberta.")), 124_645)
@@ -310,9 +311,9 @@ def test_impossible_patterns_are_refused(pattern, scale, message):
 # ----------------------------------------------------------------------------- matrices of a model
 
 
-def tiny(kind: str) -> tuple[nn.Module, list[str]]:
+def tiny(kind: str) -> tuple[Any, list[str]]:
     torch.manual_seed(0)
-    common = dict(vocab_size=60, num_labels=3)
+    common: dict[str, Any] = dict(vocab_size=60, num_labels=3)
     if kind == "gpt2":
         config = transformers.GPT2Config(n_embd=12, n_layer=3, n_head=2, n_positions=24, pad_token_id=0, **common)
         ends = ["attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj"]
@@ -344,7 +345,7 @@ def test_names_may_be_suffixes_and_come_in_the_models_order():
     found = [m.name for m in matrices(model, ["value", "attention.self.query", "value"])]
     wanted = [name for name in names if name.endswith(("query", "value"))]
     assert found == wanted
-    assert [m.name for m in matrices(model, reversed(names))] == sorted(names, key=_by_layer(model))
+    assert [m.name for m in matrices(model, names[::-1])] == sorted(names, key=_by_layer(model))
 
 
 def test_a_suffix_begins_after_a_dot():
@@ -382,7 +383,7 @@ def test_a_model_with_adapters_is_refused():
 # ----------------------------------------------------------------------------- real PEFT models
 
 
-def lora_layers(model: nn.Module) -> dict[str, nn.Module]:
+def lora_layers(model: nn.Module) -> dict[str, Any]:
     prefix = "base_model.model."
     return {
         name.removeprefix(prefix): module
@@ -413,7 +414,7 @@ def test_peft_builds_saves_and_loads_exactly_the_pattern(kind, units, scale, tmp
     if units < 1:
         assert 0 in pattern.values()
     config = peft.LoraConfig(task_type="SEQ_CLS", fan_in_fan_out=kind == "gpt2", **lora_kwargs(pattern, scale))
-    wrapped = peft.get_peft_model(model, config)
+    wrapped: Any = peft.get_peft_model(model, config)
     assert_pattern(wrapped, pattern, scale)
 
     counts = count(wrapped)
@@ -442,7 +443,7 @@ class Nested(nn.Module):
     def __init__(self, width: int = 6):
         super().__init__()
         self.block = nn.ModuleDict({"q": nn.Linear(width, width)})
-        self.twin = nn.ModuleDict({"block": nn.ModuleDict({"q": nn.Linear(width, width)})})
+        self.twin: Any = nn.ModuleDict({"block": nn.ModuleDict({"q": nn.Linear(width, width)})})
         self.blockXq = nn.Linear(width, width)
 
     def forward(self, x):
@@ -513,7 +514,7 @@ def test_a_head_that_is_unfrozen_by_hand_is_a_head():
     saved = count(peft.get_peft_model(model, peft.LoraConfig(task_type="SEQ_CLS", r=1,
                                                              target_modules=names)))  # fmt: skip
     model, names = tiny("roberta")
-    wrapped = peft.get_peft_model(model, peft.LoraConfig(r=1, target_modules=names))
+    wrapped: Any = peft.get_peft_model(model, peft.LoraConfig(r=1, target_modules=names))
     wrapped.base_model.model.classifier.requires_grad_(True)
     assert count(wrapped) == saved
 
@@ -541,7 +542,7 @@ def test_dora_magnitudes_are_adapter_parameters():
 def test_packed_4bit_weights_count_their_true_elements():
     bnb = pytest.importorskip("bitsandbytes")
 
-    def model(linear):
+    def model(linear) -> Any:
         return nn.Sequential(linear(64, 128), nn.ReLU(), linear(128, 64)).to("cpu")
 
     plain = model(nn.Linear)

@@ -5,6 +5,8 @@ pytest tests/fwlora/test_callback.py
 
 from __future__ import annotations
 
+from typing import Any, cast
+
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
@@ -67,7 +69,7 @@ def train(folder, model, callback, **more):
         save_steps=1000,
     )
     args = TrainingArguments(**{**settings, **more})
-    trainer = InOrder(model, args, train_dataset=rows(), callbacks=[callback])
+    trainer = InOrder(model, args, train_dataset=cast(Any, rows()), callbacks=[callback])
     return trainer
 
 
@@ -86,7 +88,7 @@ def test_trainer_equals_a_plain_loop(tmp_path):
     trainer.train()
     assert callback.handle is not None and callback.handle.phase == "penalty"
     logged = [entry for entry in trainer.state.log_history if "fw_lora_penalty" in entry]
-    assert len(logged) >= STEPS - CONFIG.warmup and logged[-1]["fw_lora_penalty"] > 0
+    assert len(logged) >= STEPS - CONFIG.warmup_steps and logged[-1]["fw_lora_penalty"] > 0
 
     plain = bert().train()
     optimizer = torch.optim.AdamW([p for p in plain.parameters() if p.requires_grad], lr=1e-2, weight_decay=0.0)
@@ -130,5 +132,5 @@ def test_a_checkpoint_without_the_state_is_refused(tmp_path):
 
 
 def test_a_warmup_that_fills_the_run_is_refused(tmp_path):
-    with pytest.raises(ValueError, match="only 10 optimiser steps"):
+    with pytest.raises(ValueError, match="only 10 optimizer steps"):
         train(tmp_path, bert(), FWLoraCallback()).train()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -18,13 +19,15 @@ import fwlora
 F64 = torch.float64
 
 
-def trained(**lora) -> PeftModel:
+def trained(**lora: Any) -> Any:
     """Two matrices of rank 3 and 2 at one scale 1.5, and a head that has moved."""
-    settings = dict(r=3, lora_alpha=4.5, rank_pattern={"^second": 2}, alpha_pattern={"^second": 3}, seed=3)
+    settings: dict[str, Any] = dict(
+        r=3, lora_alpha=4.5, rank_pattern={"^second": 2}, alpha_pattern={"^second": 3}, seed=3
+    )
     model = lora_net(**{**settings, **lora})
     with torch.no_grad():
         model.base_model.model.head.modules_to_save["default"].weight.add_(0.5)
-    return model.eval()  # type: ignore[return-value]
+    return model.eval()
 
 
 def fresh(kind: str = "linear", seed: int = 3) -> nn.Module:
@@ -38,12 +41,12 @@ def logits(model: nn.Module) -> Tensor:
         return torch.stack([model(x) for x, _ in batches(3)])
 
 
-def delta(model: nn.Module, name: str) -> Tensor:
-    layer = model.base_model.model.get_submodule(name)  # type: ignore[operator,union-attr]
+def delta(model: Any, name: str) -> Tensor:
+    layer = model.base_model.model.get_submodule(name)
     return layer.get_delta_weight("default").detach()
 
 
-def load(path: Path, kind: str = "linear") -> PeftModel:
+def load(path: Path, kind: str = "linear") -> Any:
     return PeftModel.from_pretrained(fresh(kind), str(path), autocast_adapter_dtype=False).eval()
 
 
@@ -54,7 +57,7 @@ def config(path: Path) -> dict:
 def test_a_rank_one_cut_by_hand(tmp_path: Path) -> None:
     """s·B·A = diag(6, 4, 0, …): the greater singular value stays, the other one is what was cut."""
     model = lora_net(target_modules=["second"], r=2, lora_alpha=4)  # s = 2
-    layer = model.base_model.model.second  # type: ignore[union-attr]
+    layer = model.base_model.model.second
     with torch.no_grad():
         layer.lora_A["default"].weight.copy_(torch.eye(2, HIDDEN))
         layer.lora_B["default"].weight.copy_(torch.zeros(HIDDEN, 2))
@@ -185,9 +188,9 @@ def test_a_budget_keeps_the_greatest_singular_values_a_parameter(tmp_path: Path)
 def test_adalora_is_written_as_plain_lora_without_what_it_masked(tmp_path: Path) -> None:
     torch.manual_seed(3)
     settings = AdaLoraConfig(init_r=3, target_r=1, total_step=10, lora_alpha=6, target_modules=["first", "second"])
-    model = get_peft_model(Net().double(), settings).double().eval()
+    model: Any = get_peft_model(Net().double(), settings).double().eval()
     for name in ("first", "second"):
-        layer = model.base_model.model.get_submodule(name)  # type: ignore[operator]
+        layer = model.base_model.model.get_submodule(name)
         layer.lora_E["default"].data.copy_(torch.tensor([[0.5], [0.0], [-2.0 if name == "first" else 0.0]]))
         layer.lora_A["default"].data.normal_()
     assert fwlora.export_adapter(model, tmp_path / "adapter") == {"first": 0.0, "second": 0.0}

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 import warnings
+from typing import Any
 
 import peft
 import pytest
@@ -21,7 +22,7 @@ from torch.utils.checkpoint import checkpoint
 import fwlora
 from fwlora import FWLoraConfig
 
-KINDS = {
+KINDS: dict[str, dict[str, Any]] = {
     "linear": {},
     "conv1d": {},
     "tied": {},
@@ -30,12 +31,12 @@ KINDS = {
 }
 
 
-def net(kind: str, **more) -> nn.Module:
+def net(kind: str, **more: Any) -> Any:
     base = kind if kind in ("conv1d", "tied") else "linear"
     return lora_net(base, **{**KINDS[kind], **more})
 
 
-def layers(model: nn.Module) -> dict[str, nn.Module]:
+def layers(model: nn.Module) -> dict[str, Any]:
     """The LoRA layers by the name that fwlora gives them."""
     return {
         name.removeprefix("base_model.model."): m
@@ -228,7 +229,7 @@ def test_closed_form_gradient_on_4bit_layers(norm):
             self.head = nn.Linear(128, 3)
 
     torch.manual_seed(0)
-    base = Quantized().to("cpu")  # moving quantises
+    base: Any = Quantized().to("cpu")  # moving quantises
     base.is_loaded_in_4bit = True  # what transformers sets
     model = get_peft_model(base, LoraConfig(r=2, lora_alpha=3, target_modules=["first", "second"]))
     kinds = {type(m).__name__ for m in layers(model).values()}
@@ -397,7 +398,7 @@ def test_two_active_adapters_share_the_weight_of_their_matrix():
 
 def test_shared_factors_get_both_terms():
     model = net("linear")
-    one = get_peft_model(Twice(), LoraConfig(r=2, target_modules=["a", "b"])).double()
+    one: Any = get_peft_model(Twice(), LoraConfig(r=2, target_modules=["a", "b"])).double()
     la, lb = (one.base_model.model.a, one.base_model.model.b)
     lb.lora_A["default"].weight = la.lora_A["default"].weight
     lb.lora_B["default"].weight = la.lora_B["default"].weight
@@ -706,7 +707,7 @@ def test_refuses_closures(style):
 def test_refuses_a_warmup_that_fills_the_run(warmup, total):
     error(
         lambda: attach_to(net("linear"), FWLoraConfig(warmup_steps=warmup), total_steps=total),
-        "leaves no step to shrink in: the run has only 267.*0.25",
+        "leaves no step to penalize in: the run has only 267.*0.25",
     )
 
 
@@ -778,20 +779,22 @@ def test_defaults_are_the_request():
 
 def test_former_names_are_read_with_one_warning_each():
     with pytest.warns(FutureWarning, match="shrinkage is now called penalty_strength"):
-        config = FWLoraConfig(shrinkage=0.3)
+        config = FWLoraConfig(shrinkage=0.3)  # type: ignore[call-arg]
     assert config == FWLoraConfig(penalty_strength=0.3)
-    old = dict(
+    old: dict[str, Any] = dict(
         lambda_fw=0.2, warmup=7, fisher_alpha=0.5, every=2, start=1, clip=3.0, coupling="decoupled", norm="factors"
     )
     with pytest.warns(FutureWarning) as caught:
         config = FWLoraConfig(**old, averaging="share", weighting="share")
     assert len(caught) == len(old) + 2
-    new = dict(penalty_strength=0.2, warmup_steps=7, fisher_ema_decay=0.5, fisher_interval=2, fisher_start=1)
+    new: dict[str, Any] = dict(
+        penalty_strength=0.2, warmup_steps=7, fisher_ema_decay=0.5, fisher_interval=2, fisher_start=1
+    )
     new |= dict(max_weight_ratio=3.0, penalty_mode="decoupled", penalty_norm="factors")
     assert config == FWLoraConfig(**new, averaging="normalized", weighting="importance")
     with pytest.warns(FutureWarning):
-        assert config.ema == 0.5
+        assert config.ema == 0.5  # type: ignore[attr-defined]
     with pytest.raises(TypeError, match="penalty_strength twice"):
-        FWLoraConfig(shrinkage=0.1, penalty_strength=0.1)
+        FWLoraConfig(shrinkage=0.1, penalty_strength=0.1)  # type: ignore[call-arg]
     with pytest.raises(AttributeError, match="shrinking"):
-        config.shrinking  # noqa: B018
+        config.shrinking  # type: ignore[attr-defined]  # noqa: B018

@@ -1,4 +1,4 @@
-"""The tests of the method fail where its code is wrong: each slip is made on purpose, and must be caught.
+"""The method's tests fail if its code is wrong: each mutant is a mistake made on purpose, which a test must catch.
 
 pytest tests/fwlora/test_mutations.py
 """
@@ -14,8 +14,8 @@ import test_tensor_functions
 
 import fwlora
 
-# (module, what stands there, what a slip would write, the test that must notice)
-SLIPS = {
+# (module, the right code, the mistake, the test that must fail)
+MUTANTS = {
     "A and B swapped in the gradient": (
         "penalty",
         "return ((b.mT @ b) * twice) @ a, b @ ((a @ a.mT) * twice)",
@@ -89,7 +89,7 @@ SLIPS = {
         lambda: test_method.test_grad_scaler_changes_nothing(True, False, "loss"),
     ),
     "micro-batches averaged after the norm": (
-        "method",
+        "capture",
         "statistic if before is None else before.add_(statistic)",
         "statistic",
         lambda: test_method.test_exact_is_the_gradient_of_an_unfrozen_twin("linear", 2),
@@ -107,23 +107,23 @@ def caught(test) -> bool:
     return False
 
 
-@pytest.mark.parametrize("slip", SLIPS)
-def test_slip_is_caught(slip, monkeypatch):
-    name, right, wrong, test = SLIPS[slip]
+@pytest.mark.parametrize("mutant", MUTANTS)
+def test_mutant_is_caught(mutant, monkeypatch):
+    name, right, wrong, test = MUTANTS[mutant]
     assert not caught(test), "the test passes on the code as it is"
     module = importlib.import_module(f"fwlora.{name}")
     source = inspect.getsource(module)
-    assert source.count(right) >= 1, f"fwlora.{name} no longer holds {right!r}: rewrite this slip"
+    assert source.count(right) >= 1, f"fwlora.{name} no longer holds {right!r}: rewrite this mutant"
     mutated = dict(vars(module))
     exec(compile(source.replace(right, wrong), module.__file__ or name, "exec"), mutated)
     for key, value in mutated.items():
         old = getattr(module, key, None)
         if callable(value) and getattr(value, "__module__", None) == module.__name__ and old is not value:
             # The new function takes the old one's place wherever it was imported to.
-            for user in ("estimators", "weighting", "penalty", "method"):
+            for user in ("estimators", "weighting", "penalty", "capture", "method"):
                 where = importlib.import_module(f"fwlora.{user}")
                 if getattr(where, key, None) is old:
                     monkeypatch.setattr(where, key, value)
     if name == "method":
         monkeypatch.setattr(fwlora, "attach", mutated["attach"])
-    assert caught(test), f"nobody noticed: {slip}"
+    assert caught(test), f"no test noticed: {mutant}"

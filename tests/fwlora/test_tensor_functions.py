@@ -63,16 +63,16 @@ def test_probe_depends_on_seed_step_and_width():
         assert not torch.allclose(probe(), other)
 
 
-def test_per_example_energy_by_hand():
+def test_per_example_squared_norm_by_hand():
     torch.manual_seed(0)
     g, x = torch.randn(3, 4, 5, dtype=F64), torch.randn(3, 4, 7, dtype=F64)
     want = sum((g[i].T @ x[i]).square().sum() for i in range(3))
-    exact_close(estimators.per_example_energy(g, x), want)
+    exact_close(estimators.per_example_squared_norm(g, x), want)
     single = sum((g[i, :1].T @ x[i, :1]).square().sum() for i in range(3))
-    exact_close(estimators.per_example_energy(g[:, 0], x[:, 0]), single)
+    exact_close(estimators.per_example_squared_norm(g[:, 0], x[:, 0]), single)
 
 
-def test_adapter_energy_is_unbiased_at_initialisation():
+def test_adapter_squared_norm_is_unbiased_at_initialisation():
     torch.manual_seed(0)
     gradient = torch.randn(6, 40, dtype=F64)
     s, r = 1.7, 3
@@ -80,7 +80,7 @@ def test_adapter_energy_is_unbiased_at_initialisation():
     for _ in range(4000):
         a = (torch.rand(r, 40, dtype=F64) * 2 - 1) / 40**0.5
         grad_b = s * gradient @ a.T
-        draws.append(estimators.adapter_energy([grad_b], torch.tensor([s]), [(r, 40)]))
+        draws.append(estimators.adapter_squared_norm([grad_b], torch.tensor([s]), [(r, 40)]))
     got = torch.cat(draws)
     error = got.std() / len(got) ** 0.5
     assert abs(got.mean() - gradient.square().sum()) < 4 * error
@@ -90,7 +90,7 @@ def test_half_precision_is_squared_in_fp32():
     big = torch.full((4, 2), 300.0, dtype=torch.float16)  # 300² · 4 tokens overflows fp16
     assert torch.isfinite(estimators.weight_gradient(big, big)).all()
     assert estimators.weight_gradient(big, big).dtype == torch.float32
-    assert torch.isfinite(estimators.per_example_energy(big, big))
+    assert torch.isfinite(estimators.per_example_squared_norm(big, big))
 
 
 @pytest.mark.parametrize(("averaging", "want"), [("raw", [1.1, 1.9]), ("normalized", [0.9 + 0.2 / 3, 1.8 + 0.1 / 3])])
@@ -206,7 +206,7 @@ def test_penalty_over_mixed_shapes(norm):
     assert sorted(len(s.index) for s in whole.stacks) == [1, 1, 2]
     coefficients = [c[s.index] for s in whole.stacks]
     terms = [(b @ a).square().sum() if norm == "update" else a.square().sum() + b.square().sum() for a, b in pairs]
-    total = sum(ci * t for ci, t in zip(c, terms, strict=True))
+    total = sum((ci * t for ci, t in zip(c, terms, strict=True)), torch.zeros((), dtype=F64))
     exact_close(whole.value(coefficients), total.detach())
     want = torch.autograd.grad(total, [f for pair in pairs for f in pair])
     for got, expected in zip(whole.gradient(coefficients), want, strict=True):

@@ -17,9 +17,9 @@ from typing import Literal
 
 import numpy as np
 
+from fwlora.config import warmup_in_steps
 from fwlora_lab.analysis import intervals, resampling, statistics
 from fwlora_lab.analysis.claims import Claim
-from fwlora_lab.config.schema import warmup_length
 from fwlora_lab.errors import UserError
 from fwlora_lab.records.folder import RunDir, load_predictions
 from fwlora_lab.records.record import Record
@@ -317,7 +317,7 @@ def _seconds(record: Record) -> dict[str, float]:
     steps = 0
     if times.warmup_seconds > 0:
         warmup = record.config["fw_lora"]["warmup_steps"]
-        steps = warmup_length(warmup, record.total_steps)
+        steps = warmup_in_steps(warmup, record.total_steps)
     if 0 <= steps < record.steps:
         steady = times.steady_seconds / (record.steps - steps)
         seconds["steady_step_seconds"] = steady

@@ -1,4 +1,4 @@
-"""TODO"""
+"""What the bench measures: our engine, plain PEFT, the Trainer, and the best matrix product as a floor."""
 
 from __future__ import annotations
 
@@ -32,40 +32,40 @@ class LaneCase:
     """The lane engine: as many batches at a step as there are lanes; its encoder in bf16 on a GPU, or with `half`."""
 
     def __init__(
-        self, course: Workload, method: str = "lora", lanes: int = 1, warmup: int = 1, half: bool = False
+        self, workload: Workload, method: str = "lora", lanes: int = 1, warmup: int = 1, half: bool = False
     ) -> None:
-        self.course, self.width = course, lanes
+        self.workload, self.width = workload, lanes
         self.losses: list[float] = []
         total = WHOLE if method == "adalora" else NEVER
-        cfg = course.config(method, warmup_steps=warmup, estimator="sketch")
-        model = build_classifier(course.backbone, course.spec, 0).to(course.device)  # type: ignore[arg-type]
-        if half or course.device.type == "cuda":
+        cfg = workload.config(method, warmup_steps=warmup, estimator="sketch")
+        model = build_classifier(workload.backbone, workload.spec, 0).to(workload.device)  # type: ignore[arg-type]
+        if half or workload.device.type == "cuda":
             model.bfloat16()
-        plan = plan_adapters(cfg, course.backbone, total)
+        plan = plan_adapters(cfg, workload.backbone, total)
         ranks = plan.initial_ranks()
         self.engine = LaneEngine(model, list(ranks), lanes, max(ranks.values()), svd_parametrized=method == "adalora")
-        skeleton = ClassifierSkeleton(course.backbone, course.spec)
+        skeleton = ClassifierSkeleton(workload.backbone, workload.spec)
         for seed in range(lanes):
             own = _seeded(cfg, seed)
-            state = new_state(own, course.backbone, skeleton.with_head(derive(seed, "head")), plan, total)
+            state = new_state(own, workload.backbone, skeleton.with_head(derive(seed, "head")), plan, total)
             self.engine.admit(lane_settings(own, plan, total), state.adapters(), state.head())
-        self.table = course.table.to(course.device)
+        self.table = workload.table.to(workload.device)
         self.shape: Shape | None = None
-        if course.device.type == "cuda":
-            self.shape = shape_of(course.table, course.batches)
+        if workload.device.type == "cuda":
+            self.shape = shape_of(workload.table, workload.batches)
 
     def pack(self, batches: Sequence[Tensor]) -> Packed:
         """One batch for each lane."""
         return pack(self.table, batches) if self.shape is None else pack_shaped(self.table, batches, self.shape)
 
     def train(self, batches: Sequence[Tensor]) -> float:
-        rates = [self.course.cfg.training.learning_rate] * self.width
-        start = self.course.clock()
+        rates = [self.workload.cfg.training.learning_rate] * self.width
+        start = self.workload.clock()
         losses = [
             self.engine.step(self.pack(batches[i : i + self.width]), rates) for i in range(0, len(batches), self.width)
         ]
-        self.course.wait()
-        seconds = self.course.clock() - start
+        self.workload.wait()
+        seconds = self.workload.clock() - start
         self.losses = torch.cat(losses).tolist()
         return seconds
 
@@ -77,26 +77,26 @@ class LaneCase:
 class PeftLoop:
     """PEFT in a plain loop: batches padded to their longest sentence. `fw_lora` is LoRA with the one added line."""
 
-    def __init__(self, course: Workload, method: str = "lora", warmup: int = 1) -> None:
-        self.course = course
+    def __init__(self, workload: Workload, method: str = "lora", warmup: int = 1) -> None:
+        self.workload = workload
         self.losses: list[float] = []
         total = WHOLE if method == "adalora" else NEVER
-        cfg = course.config(method, warmup_steps=warmup, estimator="sketch")
-        self.method = build_method(_seeded(cfg, 0), course.backbone, course.spec, total, course.device)
+        cfg = workload.config(method, warmup_steps=warmup, estimator="sketch")
+        self.method = build_method(_seeded(cfg, 0), workload.backbone, workload.spec, total, workload.device)
         self.method.model.train()
-        self.table = course.table.to(course.device)
+        self.table = workload.table.to(workload.device)
 
     def train(self, batches: Sequence[Tensor]) -> float:
         method, training, pad = (
             self.method,
-            self.course.cfg.training,
-            cast(int, self.course.backbone.tokenizer.pad_token_id),
+            self.workload.cfg.training,
+            cast(int, self.workload.backbone.tokenizer.pad_token_id),
         )
         losses = []
-        start = self.course.clock()
+        start = self.workload.clock()
         for index in batches:
-            batch = collate(self.table, index.to(self.course.device), pad, "longest", PADDED)
-            with _autocast(self.course.device):
+            batch = collate(self.table, index.to(self.workload.device), pad, "longest", PADDED)
+            with _autocast(self.workload.device):
                 loss = method.model(**batch).loss
             loss.backward()
             if training.max_grad_norm is not None:
@@ -105,8 +105,8 @@ class PeftLoop:
             method.scheduler.step()
             method.optimizer.zero_grad()
             losses.append(loss.detach())
-        self.course.wait()
-        seconds = self.course.clock() - start
+        self.workload.wait()
+        seconds = self.workload.clock() - start
         self.losses = torch.stack(losses).tolist()
         return seconds
 
@@ -117,11 +117,13 @@ class TrainerBaseline:
     Timed is its training: fetching, collating and its steps, from the beginning of the epoch to its end.
     """
 
-    def __init__(self, course: Workload, grouped: bool = False) -> None:
-        self.course = course
+    def __init__(self, workload: Workload, grouped: bool = False) -> None:
+        self.workload = workload
         self.losses: list[float] = []  # one, the mean over the batches
-        lora = build_method(_seeded(course.config("lora"), 0), course.backbone, course.spec, NEVER, course.device)
-        training = course.cfg.training
+        lora = build_method(
+            _seeded(workload.config("lora"), 0), workload.backbone, workload.spec, NEVER, workload.device
+        )
+        training = workload.cfg.training
         self._folder = tempfile.TemporaryDirectory()
         arguments = TrainingArguments(
             output_dir=self._folder.name,
@@ -132,20 +134,20 @@ class TrainerBaseline:
             max_grad_norm=training.max_grad_norm or 0.0,
             lr_scheduler_type="constant",
             train_sampling_strategy="group_by_length" if grouped else "sequential",
-            bf16=course.device.type == "cuda",
-            use_cpu=course.device.type == "cpu",
+            bf16=workload.device.type == "cuda",
+            use_cpu=workload.device.type == "cpu",
             logging_strategy="no",
             save_strategy="no",
             report_to=[],
             disable_tqdm=True,
         )
-        tokenizer = course.backbone.tokenizer
+        tokenizer = workload.backbone.tokenizer
         collator = (
             DataCollatorWithPadding(tokenizer)
             if grouped
             else DataCollatorWithPadding(tokenizer, padding="max_length", max_length=PADDED)
         )
-        self._clock = _EpochClock(course)
+        self._clock = _EpochClock(workload)
         self.trainer = Trainer(
             model=lora.model,
             args=arguments,
@@ -157,7 +159,7 @@ class TrainerBaseline:
         self.trainer.remove_callback(PrinterCallback)
 
     def train(self, batches: Sequence[Tensor]) -> float:
-        table = self.course.table
+        table = self.workload.table
         examples = []
         for i in torch.cat(list(batches)).tolist():
             here = slice(int(table.offsets[i]), int(table.offsets[i + 1]))
@@ -172,16 +174,16 @@ class TrainerBaseline:
 
 
 class _EpochClock(TrainerCallback):
-    def __init__(self, course: Workload) -> None:
-        self.course, self.seconds, self._started = course, 0.0, 0.0
+    def __init__(self, workload: Workload) -> None:
+        self.workload, self.seconds, self._started = workload, 0.0, 0.0
 
     def on_epoch_begin(self, *_: Any, **__: Any) -> None:
-        self.course.wait()
-        self._started = self.course.clock()
+        self.workload.wait()
+        self._started = self.workload.clock()
 
     def on_epoch_end(self, *_: Any, **__: Any) -> None:
-        self.course.wait()
-        self.seconds = self.course.clock() - self._started
+        self.workload.wait()
+        self.seconds = self.workload.clock() - self._started
 
 
 class Roofline:
@@ -189,16 +191,16 @@ class Roofline:
 
     _LEAST = 0.02  # seconds at a time
 
-    def __init__(self, course: Workload) -> None:
-        self.course = course
-        config = course.backbone.config
+    def __init__(self, workload: Workload) -> None:
+        self.workload = workload
+        config = workload.backbone.config
         d, f = config.hidden_size, config.intermediate_size
-        rows = (512, 1536, 4096) if course.device.type == "cpu" else (4096, 16384)
+        rows = (512, 1536, 4096) if workload.device.type == "cpu" else (4096, 16384)
         shapes = [(n, *inner) for n in rows for inner in ((d, d), (d, f), (f, d))]
-        shapes += [(side, side, side) for side in ((768, 1536) if course.device.type == "cpu" else (4096, 8192))]
-        dtype = torch.bfloat16 if course.device.type == "cuda" else torch.float32
+        shapes += [(side, side, side) for side in ((768, 1536) if workload.device.type == "cpu" else (4096, 8192))]
+        dtype = torch.bfloat16 if workload.device.type == "cuda" else torch.float32
         sides = {side for shape in shapes for side in (shape[:2], shape[1:])}
-        random = {side: torch.randn(side, device=course.device).to(dtype) for side in sides}
+        random = {side: torch.randn(side, device=workload.device).to(dtype) for side in sides}
         self._factors = {shape: (random[shape[:2]], random[shape[1:]]) for shape in shapes}
         best = {shape: min(self._second_per_flop(shape) for _ in range(5)) for shape in shapes}
         self.shape = min(best, key=lambda shape: best[shape])
@@ -207,17 +209,17 @@ class Roofline:
     def _second_per_flop(self, shape: tuple[int, int, int]) -> float:
         a, b = self._factors[shape]
         torch.mm(a, b)
-        self.course.wait()
-        clock = self.course.clock
+        self.workload.wait()
+        clock = self.workload.clock
         times, start = [], clock()
         while (began := clock()) - start < self._LEAST:
             torch.mm(a, b)
-            self.course.wait()
+            self.workload.wait()
             times.append(clock() - began)
         return float(np.median(times)) / (2.0 * shape[0] * shape[1] * shape[2])
 
     def train(self, batches: Sequence[Tensor]) -> float:
-        return self._second_per_flop(self.shape) * self.course.flops(batches)
+        return self._second_per_flop(self.shape) * self.workload.flops(batches)
 
 
 def _autocast(device: torch.device) -> contextlib.AbstractContextManager[object]:

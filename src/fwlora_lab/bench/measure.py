@@ -1,4 +1,4 @@
-"""TODO"""
+"""How times are measured and judged: blocks of cases in alternating order, ratios with bootstrap intervals, targets."""
 
 from __future__ import annotations
 
@@ -52,13 +52,13 @@ def order_of(names: Sequence[str], block: int) -> list[str]:
 
 
 def measure(
-    contestants: Mapping[str, BenchCase], batches: Sequence[Tensor], size: int, seconds: float, least: int = 3
+    cases: Mapping[str, BenchCase], batches: Sequence[Tensor], size: int, seconds: float, least: int = 3
 ) -> dict[str, np.ndarray]:
-    """Seconds by contestant [blocks], all on the same `size` batches a block; for `seconds`, or `least` blocks."""
-    names = list(contestants)
+    """Seconds by case [blocks], all on the same `size` batches a block; for `seconds`, or `least` blocks."""
+    names = list(cases)
     times: dict[str, list[float]] = {name: [] for name in names}
-    for contestant in contestants.values():  # what only a first step pays for
-        contestant.train(batches[:size])
+    for case in cases.values():  # what only a first step pays for
+        case.train(batches[:size])
     started = time.perf_counter()
     block = 0
     while block < least or (time.perf_counter() - started) * (block + 1) / block < seconds:
@@ -66,7 +66,7 @@ def measure(
         mine = batches[at : at + size]
         spent = dict.fromkeys(names, 0.0)
         for name in order_of(names, block):
-            spent[name] += contestants[name].train(mine) / 2
+            spent[name] += cases[name].train(mine) / 2
         for name in names:
             times[name].append(spent[name])
         block += 1

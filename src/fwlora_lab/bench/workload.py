@@ -1,8 +1,9 @@
-"""TODO"""
+"""What the bench trains on: batches with the sentence lengths of CoLA and SST-2, on MiniLM or roberta-base's shape."""
 
 from __future__ import annotations
 
 import contextlib
+import json
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -23,28 +24,19 @@ from fwlora_lab.models.backbones import Backbone, load_backbone
 
 WHOLE, K = 800, 200  # steps of the whole run and of its warm-up
 NEVER = 10**9  # steps of a run that does not end here
-# Word pieces of a sentence in the training set, [CLS] and [SEP] counted, and how many sentences have so many.
-LENGTHS = {
-    "cola": (
-        "4:7 5:129 6:310 7:649 8:979 9:1154 10:1129 11:916 12:797 13:574 14:452 15:334 16:235 17:182 18:145 "
-        "19:125 20:96 21:66 22:67 23:66 24:41 25:26 26:21 27:17 28:6 29:8 30:6 31:1 32:8 33:1 35:1 37:1 40:1 47:1"
-    ),
-    "sst2": (
-        "3:1978 4:5323 5:6064 6:5345 7:4749 8:4155 9:3713 10:3267 11:2947 12:2650 13:2413 14:2138 15:1950 16:1777 "
-        "17:1661 18:1515 19:1373 20:1285 21:1132 22:1106 23:1046 24:909 25:820 26:806 27:733 28:692 29:628 30:538 "
-        "31:491 32:442 33:448 34:400 35:337 36:304 37:286 38:242 39:195 40:203 41:192 42:155 43:148 44:130 45:89 "
-        "46:82 47:85 48:73 49:55 50:42 51:50 52:40 53:36 54:19 55:21 56:22 57:15 58:8 59:6 60:3 61:2 62:5 63:5 64:1 "
-        "65:2 66:2"
-    ),
-}
 BACKBONES = ("minilm", "roberta-base")
 PADDED = 128  # tokens, to which people pad
+
+
+def sentence_lengths() -> dict[str, dict[str, int]]:
+    """By task, how many sentences of its training set have so many word pieces, [CLS] and [SEP] counted."""
+    return json.loads(Path(__file__).with_name("lengths.json").read_text("utf-8"))
 
 
 def token_table(task: str, config: PreTrainedConfig, seed: int = 0) -> TokenTable:
     """Random word pieces in sentences of the task's own lengths, every length as often as the task has it."""
     generator = np.random.default_rng(seed)
-    values, counts = np.array([pair.split(":") for pair in LENGTHS[task].split()], dtype=int).T
+    values, counts = np.array(list(sentence_lengths()[task].items()), dtype=int).T
     lengths = generator.permutation(values.repeat(counts))
     n, total = len(lengths), int(lengths.sum())
     low = min(1000, config.vocab_size // 2)  # above the special tokens

@@ -108,7 +108,7 @@ class GlueTask(TaskInfo):
 GLUE_REPOSITORY = "nyu-mll/glue"  # on the Hugging Face hub
 GLUE_REVISION = "bcdcba79d07bc864c1c254ccfcedcce55bcc9a8c"
 
-_FILES = "fwlora_lab.data.files:load_files"
+_FILES = "fwlora_lab.data.csv_jsonl:load_files"
 _FILE_KEYS = ("train_file", "eval_file", "text_column", "label_column")
 _GLUE = DataSource("glue", "fwlora_lab.data.glue:load_glue", ("subset", "root", "revision", "split", "eval_split"))
 _OFFLINE = DataSource("offline", "fwlora_lab.data.offline.task:load_offline")

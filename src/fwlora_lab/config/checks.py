@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import get_args
 
+from fwlora.choices import Estimator
+from fwlora.config import warmup_in_steps
 from fwlora_lab.catalog.methods import MethodName
 from fwlora_lab.catalog.tasks import SOURCES
 from fwlora_lab.config.keys import LEAVES, get_key, schema_defaults
-from fwlora_lab.config.schema import DatasetConfig, RunConfig, dataset_issues, warmup_length
+from fwlora_lab.config.schema import DatasetConfig, RunConfig, dataset_issues
 from fwlora_lab.config.search_space import dimensions_of
 from fwlora_lab.errors import UserError
 from fwlora_lab.text import listing
@@ -33,7 +36,7 @@ def ignored_keys(cfg: RunConfig) -> list[tuple[str, str]]:
     if cfg.method_name == "fw_lora":
         if fw.weighting != "power":
             ignore(["fw_lora.gamma", "fw_lora.max_weight_ratio"], f"fw_lora.weighting is {fw.weighting}, not power")
-        if fw.estimator != "sketch":
+        if fw.estimator != "sketch" and fw.estimator in get_args(Estimator):  # a registered estimator may read it
             ignore(["fw_lora.sketch_columns"], f"fw_lora.estimator is {fw.estimator}, not sketch")
         if fw.estimator == "adapter":
             ignore(["fw_lora.fisher_interval"], "fw_lora.estimator is adapter, which is free at every step")
@@ -98,7 +101,7 @@ def check_warmup(cfg: RunConfig, total_steps: int, train_examples: int | None = 
     )
     if total_steps < 2:
         raise UserError(f"fw_lora.warmup_steps: {run} are too few for a warm-up: train longer")
-    steps = warmup_length(k, total_steps)
+    steps = warmup_in_steps(k, total_steps)
     if steps >= total_steps:
         raise UserError(
             f"fw_lora.warmup_steps = {k} is not smaller than {run}: use "

@@ -12,6 +12,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 
+from fwlora.choices import Averaging, Extensible, PenaltyMode, PenaltyNorm, choices_of
 from fwlora_lab.catalog.extensions import load_extensions
 from fwlora_lab.catalog.methods import METHODS, MethodName
 from fwlora_lab.catalog.tasks import SOURCES, TASKS, source_of, tasks_of
@@ -52,6 +53,21 @@ def _source_name(value: str) -> str:
             f"the text {value!r} is not allowed{did_you_mean(value, SOURCES)}: use one of {', '.join(SOURCES)}"
         )
     return value
+
+
+def _registered(setting: Extensible) -> AfterValidator:
+    """A setting of the method whose choices `fwlora.register_weighting` and `fwlora.register_estimator` add to."""
+
+    def check(value: str) -> str:
+        if value not in choices_of(setting):
+            load_extensions()
+        if value not in (names := choices_of(setting)):
+            raise ValueError(
+                f"the text {value!r} is not allowed{did_you_mean(value, names)}: use one of {', '.join(names)}"
+            )
+        return value
+
+    return AfterValidator(check)
 
 
 def _warmup_steps(value: int | float) -> int | float:
@@ -154,27 +170,22 @@ class TrainingConfig(Block):
     engine: Literal["lanes", "peft"] = "lanes"
 
 
-def warmup_length(warmup_steps: int | float, total_steps: int) -> int:
-    """K in optimiser steps; `warmup_steps` is K or its fraction of the run, as `FWLoraConfig.warmup_steps`."""
-    return warmup_steps if isinstance(warmup_steps, int) else max(1, round(warmup_steps * total_steps))
-
-
 class FWLoraSettings(Block):
     """λ, K (steps, or a fraction of the run), the EMA factor, the rest as in `FWLoraConfig`."""
 
     penalty_strength: Annotated[float, Field(ge=0)] = 1e-4
     warmup_steps: Annotated[int | float, AfterValidator(_warmup_steps)] = 500
     fisher_ema_decay: Annotated[float, Field(ge=0, lt=1)] = 0.98
-    estimator: Literal["exact", "sketch", "adapter", "per_example"] = "exact"
+    estimator: Annotated[str, _registered("estimator")] = "exact"
     fisher_interval: Positive = 1
     sketch_columns: Positive = 4
-    averaging: Literal["raw", "normalized"] = "raw"
-    weighting: Literal["importance", "uniform", "rank", "power", "permuted"] = "importance"
+    averaging: Averaging = "raw"
+    weighting: Annotated[str, _registered("weighting")] = "importance"
     gamma: Annotated[float, Field(ge=0)] = 0.5
     max_weight_ratio: Annotated[float, Field(ge=1)] = 4.0
     normalize_weights: bool = False
-    penalty_mode: Literal["loss", "decoupled"] = "loss"
-    penalty_norm: Literal["update", "factors"] = "update"
+    penalty_mode: PenaltyMode = "loss"
+    penalty_norm: PenaltyNorm = "update"
     fisher_start: Annotated[int, Field(ge=0)] = 0
 
 

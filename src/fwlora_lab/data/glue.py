@@ -1,4 +1,4 @@
-"""TODO"""
+"""Loads GLUE's tasks, from the Hugging Face hub or from the folder layout of GLUE's own download."""
 
 from __future__ import annotations
 
@@ -10,9 +10,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from fwlora_lab.catalog.tasks import GLUE, GLUE_REPOSITORY, GLUE_REVISION, GlueTask, TaskSpec
-from fwlora_lab.data.files import column_of
 from fwlora_lab.data.task import Examples, Text
-from fwlora_lab.data.text_files import read_text, refuse, refuse_file
+from fwlora_lab.data.text_files import column_of, read_text, refuse, refuse_file
 from fwlora_lab.errors import UserError
 from fwlora_lab.text import did_you_mean
 
@@ -21,6 +20,11 @@ if TYPE_CHECKING:
 
 
 def load_glue(cfg: DatasetConfig) -> tuple[TaskSpec, Examples, Examples, str]:
+    """Read a GLUE task from `cfg.root`, the folder of GLUE's download, or from the hub if that is not set.
+
+    Raises:
+        UserError: the folder or a file is not as GLUE's download has it, or the hub cannot be reached.
+    """
     task = GLUE[cfg.subset or ""]
     splits = (cfg.split, _hub_split(task, cfg.eval_split))
     if cfg.root is None:
@@ -53,7 +57,7 @@ def _glue_folder(task: GlueTask, root: str) -> Path:
 
 
 def _read_tsv(task: GlueTask, path: Path) -> Examples:
-    """GLUE's tab-separated files quote nothing, so a row is a line cut at its tabs."""
+    """Read one of GLUE's tab-separated files. They have no quoting, so a row is a line split at its tabs."""
     lines = read_text(path).split("\n")
     if lines[-1] == "":
         lines.pop()
@@ -114,14 +118,14 @@ def _label_array(spec: TaskSpec, labels: Sequence[float]) -> np.ndarray:
 def _from_hub(task: GlueTask, splits: tuple[str, str], revision: str | None) -> tuple[Examples, Examples]:
     commit = revision or GLUE_REVISION
     try:
-        # Imported here: it is slow to import and only this path needs it.
+        # Imported here because it is slow to import and nothing else needs it.
         from datasets import load_dataset
 
         parts = load_dataset(GLUE_REPOSITORY, task.spec.name, revision=commit, split=list(splits))
         tables: list[Any] = [part[:] for part in parts]
         train, dev = (_hub_examples(task, table) for table in tables)
-    # The libraries below raise dozens of unrelated types for "no network", "no such commit",
-    # "offline mode" and "broken download"; to the user all of them have the same cures.
+    # The libraries raise dozens of unrelated types for "no network", "no such commit", "offline mode" and "broken
+    # download", and what the user can do is the same for all of them.
     except Exception as error:
         reason = (str(error).strip().splitlines() or [""])[0][:300]
         raise UserError(

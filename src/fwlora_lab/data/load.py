@@ -1,9 +1,7 @@
-"""From a dataset's name, folder or file to examples, batches and an official score.
+"""Loads a dataset by its name, folder or file, and divides it into train, validation and dev.
 
-The path of the data: `load_task` reads and splits, `tokenize` turns texts into one flat table,
-`epoch_batches` and `collate` cut batches from it, `score` says how good the predictions are.
-Texts are stripped at both ends: GLUE's own files disagree with each other about a trailing blank
-(SST-2's dev.tsv has one in every row, train.tsv in none), and a byte-level tokenizer would see it.
+The loaders strip texts at both ends, because GLUE's own files differ in a trailing blank (every row of SST-2's dev.tsv
+has one, no row of train.tsv has), which a byte-level tokenizer would encode.
 """
 
 from __future__ import annotations
@@ -24,13 +22,14 @@ if TYPE_CHECKING:
 
 
 def load_task(cfg: DatasetConfig) -> TaskData:
-    """Read a dataset, carve the validation split from train, and subsample train.
+    """Read a dataset, hold out the validation split from train, and subsample train.
 
-    Both are drawn from `cfg.seed` alone: first `validation_fraction` of train (per class, for
-    classification), then `train_examples` of what is left, in the file's order. The first n
-    examples drawn are among the first m > n. dev is never touched.
+    Both draws depend on `cfg.seed` alone: first `validation_fraction` of train (per class, for classification), then
+    `train_examples` of the rest. All splits keep the file's order. A larger subsample contains every smaller one. dev
+    is never changed.
 
-    Raises UserError naming the file, the line and the column, and the cure.
+    Raises:
+        UserError: the data cannot be used; the message names the file, the line and the column, and what to do.
     """
     check_dataset(cfg)
     data_source = source_of(cfg.name)
@@ -39,7 +38,7 @@ def load_task(cfg: DatasetConfig) -> TaskData:
 
 
 def whole_dataset(cfg: DatasetConfig) -> DatasetConfig:
-    """The config of the same examples with none of them carved out or left out.
+    """The config of the same examples with none of them held out or left out.
 
     Configs that differ only in how they split or tokenize the same examples have the same whole.
     """
@@ -53,7 +52,7 @@ def split_task(whole: TaskData, cfg: DatasetConfig) -> TaskData:
 
 
 def _split(spec: TaskSpec, train: Examples, dev: Examples, source: str, cfg: DatasetConfig) -> TaskData:
-    train, validation = _carve(spec, train, cfg)
+    train, validation = _hold_out(spec, train, cfg)
     train = _subsample(train, cfg)
     if spec.kind == "classification" and len(set(train.labels.tolist())) < 2:
         name = spec.labels[int(train.labels[0])]
@@ -62,12 +61,13 @@ def _split(spec: TaskSpec, train: Examples, dev: Examples, source: str, cfg: Dat
             "nothing to learn; use data with two classes or more, or leave more of it for training "
             "(dataset.train_examples, dataset.validation_fraction)"
         )
+    # The fingerprints of earlier records were made with this former name of the validation split.
     digest = _fingerprint(spec, {"train": train, "selection": validation, "dev": dev})
     return TaskData(spec, train, validation, dev, digest, source)
 
 
-def _carve(spec: TaskSpec, train: Examples, cfg: DatasetConfig) -> tuple[Examples, Examples]:
-    """(rest of train, validation), both in the file's order."""
+def _hold_out(spec: TaskSpec, train: Examples, cfg: DatasetConfig) -> tuple[Examples, Examples]:
+    """The rest of train and the validation split, both in the file's order."""
     n = len(train)
     wanted = round(cfg.validation_fraction * n)
     if cfg.validation_fraction == 0:
@@ -82,7 +82,7 @@ def _carve(spec: TaskSpec, train: Examples, cfg: DatasetConfig) -> tuple[Example
     if spec.kind == "regression":
         chosen = order[:wanted]
     else:
-        # Largest remainders: every class keeps its share and the shares add up to `wanted`.
+        # Largest remainder method: every class keeps its share, and the whole numbers add up to `wanted`.
         labels = train.labels[order]
         exact = np.bincount(labels, minlength=len(spec.labels)) * (wanted / n)
         share = np.floor(exact).astype(np.int64)

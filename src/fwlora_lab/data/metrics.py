@@ -1,4 +1,4 @@
-"""TODO"""
+"""A task's official metrics from a model's outputs."""
 
 from __future__ import annotations
 
@@ -11,11 +11,17 @@ from fwlora_lab.errors import UserError
 
 
 def score(spec: TaskSpec, logits: np.ndarray, labels: np.ndarray) -> dict[str, float]:
-    """The task's official metrics, by name, as fractions (not percent).
+    """The task's official metrics by name, as fractions (not percent).
 
-    logits [n, c] (c = 1 for regression), labels [n]. F1 is that of label 1. Where a metric is
-    0 / 0 because the predictions (or the labels) are all the same, it is 0.0: a constant predicts
-    nothing. Raises UserError if a logit is not finite.
+    F1 is that of label 1. A metric that is 0 / 0, because all predictions or all labels are the same, is 0.0: a
+    constant predicts nothing.
+
+    Args:
+        logits: the model's outputs, [n, classes], or [n, 1] for regression.
+        labels: class indices or numbers, [n].
+
+    Raises:
+        UserError: an output that is not finite.
     """
     from scipy.stats import pearsonr, spearmanr
     from sklearn.metrics import accuracy_score, f1_score, matthews_corrcoef

@@ -1,4 +1,4 @@
-"""TODO"""
+"""A task's data: texts with labels, in three splits."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ Text = str | tuple[str, str]
 
 @dataclass(frozen=True, eq=False)
 class Examples:
-    """Texts (or pairs of texts) and labels: int64 class indices, or float32 targets."""
+    """Texts (or pairs of texts) and their labels: int64 class indices, or float32 numbers for regression."""
 
     texts: tuple[Text, ...]
     labels: np.ndarray
@@ -22,6 +22,7 @@ class Examples:
         return len(self.texts)
 
     def take(self, index: np.ndarray) -> Examples:
+        """The examples at the positions in `index`."""
         return Examples(tuple(self.texts[i] for i in index), self.labels[index])
 
 
@@ -29,8 +30,11 @@ class Examples:
 class TaskData:
     """A task with its three disjoint splits.
 
-    `validation` is for tuning, `dev` only for reporting. `fingerprint` is the sha256 of every text
-    and label, in order, with the split it belongs to; `source` says to a human where they are from.
+    Attributes:
+        validation: a part of the training data that is held out for tuning.
+        dev: the data's own evaluation split, for reported scores only.
+        fingerprint: sha256 of every text and label, in order, with the split that it belongs to.
+        source: where the data are from, in words.
     """
 
     spec: TaskSpec

@@ -1,4 +1,4 @@
-"""TODO"""
+"""Token tables and the batches that are cut from them."""
 
 from __future__ import annotations
 
@@ -20,10 +20,13 @@ _CHUNK = 2000  # examples that are tokenized at once
 
 @dataclass(frozen=True, eq=False)
 class TokenTable:
-    """All token ids of n examples end to end; example i is `tokens[offsets[i]:offsets[i + 1]]`.
+    """The token ids of n examples, concatenated; example i is `tokens[offsets[i]:offsets[i + 1]]`.
 
-    tokens int32 [N], types (segment ids) int8 [N] or None, offsets int64 [n + 1], labels int64 or
-    float32 [n].
+    Attributes:
+        tokens: int32 [N], N tokens in all.
+        types: segment ids, int8 [N]; None if the model has none.
+        offsets: int64 [n + 1].
+        labels: int64 [n], or float32 [n] for regression.
     """
 
     tokens: torch.Tensor
@@ -45,20 +48,21 @@ class TokenTable:
 
 
 def tokenize(examples: Examples, tokenizer: PreTrainedTokenizerBase, max_length: int, truncation: bool) -> TokenTable:
-    """Token ids of every example, special tokens in, at most `max_length` each.
+    """The token ids of every example with its special tokens, at most `max_length` each.
 
-    Raises UserError if an example is longer and `truncation` is off.
+    Raises:
+        UserError: `max_length` leaves no space for text, or an example is longer and `truncation` is off.
     """
     pairs = bool(examples.texts) and not isinstance(examples.texts[0], str)
     special = tokenizer.num_special_tokens_to_add(pair=pairs)
     if max_length <= special + pairs:
         raise UserError(
-            f"dataset.max_length: {max_length} leaves no room for text beside the {special} "
+            f"dataset.max_length: {max_length} leaves no space for text besides the {special} "
             f"special tokens; set it to {special + pairs + 1} or more"
         )
     with_types = "token_type_ids" in tokenizer.model_input_names
     lengths, tokens, types = [], [], []
-    # In chunks, because Python lists of ids take ten times the memory of the arrays.
+    # In chunks, because lists of ids take ten times the memory of arrays.
     for start in range(0, len(examples), _CHUNK):
         chunk = examples.texts[start : start + _CHUNK]
         fields: list[Any] = [list(f) for f in zip(*chunk, strict=True)] if pairs else [list(chunk)]
@@ -103,10 +107,12 @@ def collate(
     padding: Literal["longest", "max_length", "grouped"],
     max_length: int,
 ) -> dict[str, torch.Tensor]:
-    """The batch of the b examples in `index` (int64 [b]), padded on the right to T tokens.
+    """The batch of the b examples at the positions in `index` (int64 [b]), padded on the right to T tokens.
 
-    input_ids, attention_mask and (if the table has types) token_type_ids are int64 [b, T]; labels
-    [b]. T is the batch's longest example, or the `max_length` that `tokenize` was given.
+    T is the length of the batch's longest example, or `max_length` if `padding` is "max_length".
+
+    Returns:
+        input_ids, attention_mask and, if the table has types, token_type_ids, int64 [b, T]; labels [b].
     """
     start, end = table.offsets[index], table.offsets[index + 1]
     width = max_length if padding == "max_length" else int((end - start).max())
@@ -124,21 +130,26 @@ def collate(
 
 
 def epoch_batches(n: int, batch_size: int, seed: int, epoch: int) -> list[torch.Tensor]:
-    """The shuffled batches (int64 [<= batch_size]) of an epoch; a pure function of its arguments.
+    """The shuffled batches of an epoch, as positions (int64 [batch_size]); the last one may be shorter.
 
-    The last batch holds what is left over and may be short.
+    The result depends on the arguments alone.
     """
     order = np.random.Generator(np.random.PCG64([seed, epoch])).permutation(n)
     return list(torch.from_numpy(order).split(batch_size)) if n else []
 
 
 def length_groups(lengths: torch.Tensor, overhead: int = 32) -> list[torch.Tensor]:
-    """Positions of a batch in groups of similar length, the cheapest to compute one after another.
+    """Divide a batch into groups of similar length, such that computing one after another costs least.
 
-    lengths: int64 [b], in tokens. Minimises `Σ_groups (size · longest + overhead)` exactly, by
-    dynamic programming over the sorted lengths; `overhead` is what one more forward and backward
-    pass costs, in tokens. The batch stays the batch: the groups' losses, weighted by their sizes,
-    add up to its mean loss.
+    The division minimises `Σ_groups (size · longest + overhead)` exactly, by dynamic programming over the sorted
+    lengths. The batch's loss does not change: it is the mean of the groups' losses, weighted by their sizes.
+
+    Args:
+        lengths: of the batch's examples, in tokens, int64 [b].
+        overhead: the cost of one more forward and backward pass, in tokens.
+
+    Returns:
+        Positions in the batch, one tensor for each group.
     """
     order = torch.argsort(lengths, descending=True, stable=True)
     longest = lengths[order].tolist()

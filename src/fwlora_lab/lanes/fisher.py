@@ -77,7 +77,7 @@ class FisherCapture:
                 if fw.estimator == "exact":
                     squared = estimators.weight_gradient(g[e, :n, columns], x[e, :n]).square().sum()
                 elif group.per_sentence:
-                    squared = estimators.per_example_energy(g[e, :n, None, columns], x[e, :n, None])
+                    squared = estimators.per_example_squared_norm(g[e, :n, None, columns], x[e, :n, None])
                 else:
                     squared = self._per_example(e, g[..., columns], x)
                 if name not in self.squared_grad_norms:
@@ -99,7 +99,7 @@ class FisherCapture:
                     if packed.fixed_shape:  # an unused place is not an example
                         used = used & (packed.weights[lane] > 0)[:, None, None]
                     index = block.token_index[rows]
-                    total = total + estimators.per_example_energy(flat_g[index] * used, flat_x[index] * used)
+                    total = total + estimators.per_example_squared_norm(flat_g[index] * used, flat_x[index] * used)
         return total
 
 
@@ -127,7 +127,7 @@ class LaneFisher:
         self._sketch_columns = column([fw.sketch_columns if fw else 1 for fw in fws])
         from_adapter = [bool(fw and fw.estimator == "adapter") for fw in fws]
         self._from_adapter, self._any_from_adapter = column(from_adapter, torch.bool), any(from_adapter)
-        # 3·d_in/(s²·r), see `fwlora.estimators.adapter_energy`.
+        # 3·d_in/(s²·r), see `fwlora.estimators.adapter_squared_norm`.
         d_in = torch.tensor([d for d, _ in layout.shapes], device=layout.device)
         scales = column([lane.settings.scale for lane in lanes])
         self._adapter_factor = 3.0 * d_in / ranks.clamp_min(1) / scales.square()

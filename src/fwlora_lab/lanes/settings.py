@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import get_args
 
 import torch
 from transformers import PretrainedConfig
 
 import fwlora
+from fwlora.choices import Estimator
 from fwlora_lab.models.adapter_plan import AdaLoraSchedule
 
 # Encoders by the layout of their classification head (see `layers.LaneHead`).
@@ -85,3 +87,8 @@ class Lane:
 def supports(config: PretrainedConfig) -> bool:
     """Whether the engine knows this architecture's head and attention."""
     return config.model_type in (*BERT_HEADS, *ROBERTA_HEADS)
+
+
+def supports_estimator(name: str) -> bool:
+    """Whether the engine measures this estimator's f; registered estimators hook PEFT's layers."""
+    return name in get_args(Estimator)

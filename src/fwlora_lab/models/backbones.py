@@ -1,9 +1,8 @@
-"""Where the frozen encoder comes from, and what its parts are called.
+"""Finds the pretrained model that a config names, and reads its config and tokenizer.
 
-A backbone is one of three things: `minilm` (inside an installed package, no network), a local
-folder, or a model of the Hugging Face hub at one commit. All three end in a local folder that holds
-config.json, safetensors weights and tokenizer files, and are read from there in one and the same
-way. Code that a model brings along is never run.
+There are three kinds: `minilm` (inside an installed package, no network), a local folder, and a model of the Hugging
+Face hub at one commit. Each becomes a local folder with config.json, safetensors weights and tokenizer files, and is
+read from there in the same way. Code that comes with a model is never run.
 """
 
 from __future__ import annotations
@@ -20,9 +19,7 @@ from transformers import AutoModel, PreTrainedConfig, PreTrainedTokenizerBase
 
 from fwlora_lab.catalog.encoders import MINILM, aliases
 from fwlora_lab.errors import UserError
-from fwlora_lab.models.hub import CONFIG_AND_TOKENIZER_FILES, commit_of, download, is_hub_id, names_on_hub
-from fwlora_lab.models.load_errors import CHECK_CONFIG, WHAT_CAN_BE_MEANT, as_user_error
-from fwlora_lab.models.local_files import (
+from fwlora_lab.models.folder import (
     check_names,
     check_weights,
     file_names,
@@ -30,6 +27,8 @@ from fwlora_lab.models.local_files import (
     read_config,
     read_tokenizer,
 )
+from fwlora_lab.models.hub import CONFIG_AND_TOKENIZER_FILES, commit_of, download, is_hub_id, names_on_hub
+from fwlora_lab.models.load_errors import CHECK_CONFIG, WHAT_CAN_BE_MEANT, as_user_error
 
 if TYPE_CHECKING:
     from fwlora_lab.config.schema import ModelConfig
@@ -37,11 +36,16 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Backbone:
-    """A pretrained encoder by its config and tokenizer; its weights are not loaded yet.
+    """A pretrained model's config and tokenizer, without its weights.
 
-    `parameters` counts the encoder as `AutoModel` builds it (roberta-base: 124,645,632),
-    `max_tokens` is the longest input its positions allow. `path_or_id` is what an adapter's record
-    should name, `folder` where the files lie.
+    Attributes:
+        name: as the run config has it.
+        source: where it comes from, in words.
+        commit: the hub's full commit hash; None for a folder or a package.
+        path_or_id: the name that adapters and records give for it.
+        folder: the local folder with its files.
+        parameters: of the encoder as `AutoModel` builds it (roberta-base: 124,645,632).
+        max_tokens: the longest input that its positions allow.
     """
 
     name: str
@@ -56,9 +60,10 @@ class Backbone:
 
 
 def load_backbone(cfg: ModelConfig) -> Backbone:
-    """Find the model that `cfg.pretrained_id` means; read its config and tokenizer, no weights.
+    """Find the model that `cfg.pretrained_id` means, and read its config and tokenizer.
 
-    Raises `UserError` for everything that can be wrong with an id, a folder or the way to the hub.
+    Raises:
+        UserError: the id, the folder or its files cannot be used, or the hub cannot be reached.
     """
     wanted = cfg.pretrained_id.strip()
     if not wanted:

@@ -1,4 +1,4 @@
-"""TODO"""
+"""Builds the text classifier: the pretrained encoder with a new head, and the names of the head's modules."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from transformers import AutoModelForSequenceClassification, PreTrainedModel
 
 from fwlora_lab.errors import UserError
 from fwlora_lab.models.backbones import Backbone
+from fwlora_lab.models.folder import check_weights
 from fwlora_lab.models.hub import WEIGHT_FILES, download
 from fwlora_lab.models.load_errors import FETCH_AGAIN, as_user_error, quiet_loading
-from fwlora_lab.models.local_files import check_weights
 
 if TYPE_CHECKING:
     from fwlora_lab.catalog.tasks import TaskSpec
@@ -25,10 +25,11 @@ def build_classifier(
 ) -> PreTrainedModel:
     """Load the weights and put a new classification head on them, all frozen and in eval mode.
 
-    The head is drawn in float32 from `seed` alone, so every method starts from the same one
-    whatever was drawn before; the global random state is left as it was. A pooler inside the
-    encoder (BERT) keeps its stored weights. Raises `UserError` when weights are missing, broken or
-    of another shape than config.json says.
+    The head is drawn in float32 from `seed` alone, so every method starts from the same one, whatever was drawn
+    before; the global random state does not change. A pooler inside the encoder (BERT) keeps its stored weights.
+
+    Raises:
+        UserError: weights are missing, malformed, or of another shape than config.json says.
     """
     model, missing = _load(backbone, spec, dtype)
     return _with_head(model, missing, seed)
@@ -78,7 +79,7 @@ def _load(backbone: Backbone, spec: TaskSpec, dtype: torch.dtype) -> tuple[PreTr
         config.id2label = dict(enumerate(spec.labels))
         config.label2id = {label: i for i, label in enumerate(spec.labels)}
     config.problem_type = "regression" if spec.kind == "regression" else "single_label_classification"
-    config.use_cache = False  # a decoder would otherwise keep keys and values nobody reads
+    config.use_cache = False  # otherwise a decoder stores keys and values that are never read
 
     with torch.random.fork_rng(devices=[]), quiet_loading():
         with as_user_error(f"{where}: the weights cannot be loaded", FETCH_AGAIN):
@@ -93,7 +94,7 @@ def _load(backbone: Backbone, spec: TaskSpec, dtype: torch.dtype) -> tuple[PreTr
                 output_loading_info=True,
             )
         _check_report(model, report, where)
-    # decoders find a sentence's last token by this id, so it must be the one that batches hold
+    # Decoders find a sentence's last token by this id, so it must be the one that batches are padded with.
     model.config.pad_token_id = backbone.tokenizer.pad_token_id
     model.name_or_path = model.config._name_or_path = backbone.path_or_id
     return model, {*report["missing_keys"], *(key for key, *_ in report["mismatched_keys"])}
@@ -108,7 +109,7 @@ def _with_head(model: PreTrainedModel, missing: set[str], seed: int) -> PreTrain
 
 
 def head_modules(model: PreTrainedModel) -> list[str]:
-    """Names, for PEFT's `modules_to_save`, of all that comes after the encoder's last layer.
+    """The names, for PEFT's `modules_to_save`, of the modules after the encoder's last layer.
 
     RoBERTa ["classifier"], BERT ["classifier", "pooler"], ModernBERT ["head", "classifier"],
     decoders ["score"].
@@ -126,7 +127,7 @@ def head_modules(model: PreTrainedModel) -> list[str]:
 
 
 def _encoder(model: PreTrainedModel) -> nn.Module:
-    """The pretrained part, below which all stored weights lie."""
+    """The pretrained part of a classifier, which owns all stored weights."""
     encoder = getattr(model, model.base_model_prefix, None)
     if not isinstance(encoder, nn.Module):
         raise UserError(f"{type(model).__name__} has no separate encoder, so its head cannot be told apart")
@@ -134,13 +135,14 @@ def _encoder(model: PreTrainedModel) -> nn.Module:
 
 
 def head_parts(model: PreTrainedModel) -> list[nn.Module]:
+    """The modules that `head_modules` names."""
     encoder = _encoder(model)
     children = dict(model.named_children())
     return [encoder.get_submodule("pooler") if name not in children else children[name] for name in head_modules(model)]
 
 
 def _check_report(model: PreTrainedModel, report: dict[str, Any], where: str) -> None:
-    """Weights may be absent or misshapen only in the head, which is drawn anew anyway."""
+    """Refuse missing weights and wrong shapes in the encoder; in the head they do not matter, because it is drawn."""
     inside = f"{model.base_model_prefix}."
 
     def encoder_only(keys: list[str]) -> list[str]:
@@ -163,16 +165,17 @@ def _check_report(model: PreTrainedModel, report: dict[str, Any], where: str) ->
 
 
 def _draw_head(model: PreTrainedModel, missing: set[str]) -> None:
-    """Initialise, as transformers would, all outside the encoder and what is `missing` in it.
+    """Initialise everything outside the encoder, and what is `missing` in the encoder, as transformers does.
 
-    From the current random state, in float32 whatever the model's type: one seed, one head.
+    The values come from the current random state and are drawn in float32 whatever the model's dtype is, so that a
+    seed means one head.
     """
     inside = f"{model.base_model_prefix}."
     fresh = {name for name, _ in model.named_parameters() if not name.startswith(inside) or name in missing}
     types = {part: next(part.parameters()).dtype for part in head_parts(model)}
     for part in types:
         part.float()
-    # transformers leaves alone what carries this mark, and a module all of whose parameters do
+    # transformers does not initialise parameters with this mark, nor modules with it.
     for name, parameter in model.named_parameters():
         parameter._is_hf_initialized = name not in fresh  # type: ignore[attr-defined]
     for name, module in model.named_modules():

@@ -1,4 +1,4 @@
-"""TODO"""
+"""Downloads models from the Hugging Face hub at a pinned commit."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from fwlora_lab.models.load_errors import WHAT_CAN_BE_MEANT, first_line
 from fwlora_lab.text import did_you_mean
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
-_PATIENCE_S = 3.0
+_TIMEOUT_S = 3.0
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 CONFIG_AND_TOKENIZER_FILES = [
     "config.json",
@@ -43,7 +43,7 @@ WEIGHT_FILES = ["model.safetensors", "model.safetensors.index.json", "model-*.sa
 
 
 def is_hub_id(wanted: str) -> bool:
-    """A known id, or the shape of one where no folder of that name lies."""
+    """Whether this is a known id, or has the form of an id and is not the name of a local folder."""
     if wanted in aliases() or wanted in pinned_revisions():
         return True
     if os.path.exists(wanted):
@@ -52,40 +52,48 @@ def is_hub_id(wanted: str) -> bool:
 
 
 def commit_of(repo: str, revision: str | None) -> str:
-    """The full commit hash that stands in the config or is pinned here; a branch is not a pin."""
+    """The full commit hash: the config's, or the one that the catalog pins.
+
+    Raises:
+        UserError: neither gives one. A branch or a tag is not enough, because the hub may change what it means.
+    """
     pinned = pinned_revisions()
     if revision is None and repo in pinned:
         return pinned[repo]
     if revision is not None and _COMMIT.fullmatch(revision):
         return revision
     known = [MINILM.pretrained_id, *aliases(), *pinned]
-    no_folder = "" if revision else " and no folder of that name lies here"
+    no_folder = "" if revision else " and no local folder has that name"
     problem = (
         f"model.revision={revision!r} is not a full commit hash (40 characters 0-9a-f)"
         if revision
         else f"model.pretrained_id={repo!r} has no model.revision{no_folder}"
     )
     try:
-        today = HfApi().model_info(repo, revision=revision, timeout=_PATIENCE_S).sha
+        today = HfApi().model_info(repo, revision=revision, timeout=_TIMEOUT_S).sha
         cure = f"To pin what the hub serves today, set model.revision={today}"
     except RepositoryNotFoundError:
         cure = "The hub knows no model of this id, or it is private: check the id"
-    except Exception:  # the hub's word is a courtesy here; without it the reader looks it up
+    except Exception:  # best effort: the hub is only asked to improve the message
         cure = f"Copy the commit from {constants.ENDPOINT}/{repo}/commits/main into model.revision"
     raise UserError(f"{problem}, so a run could not be repeated{did_you_mean(repo, known)}. {cure}.")
 
 
 def hub_trouble() -> str | None:
-    """Why the hub cannot be asked now, or None if it answers within three seconds."""
+    """The reason why the hub cannot be reached, or None if it answers within three seconds."""
     try:
-        get_session().head(constants.ENDPOINT, timeout=_PATIENCE_S)
-    except Exception as error:  # no route, no name, a proxy, HF_HUB_OFFLINE: all is one here
+        get_session().head(constants.ENDPOINT, timeout=_TIMEOUT_S)
+    except Exception as error:  # no route, no DNS, a proxy, HF_HUB_OFFLINE: what the user can do is the same
         return first_line(error)
     return None
 
 
 def download(repo: str, commit: str, files: list[str]) -> Path:
-    """Bring `files` of one commit into the hub's cache and return the folder they lie in."""
+    """Download `files` of one commit into the hub's cache, unless they are there, and return their folder.
+
+    Raises:
+        UserError: the files are neither in the cache nor can they be downloaded.
+    """
     what = f"model.pretrained_id={repo!r} at model.revision={commit[:8]}"
     elsewhere = "or use model.pretrained_id=minilm, which needs no network"
 
@@ -94,11 +102,11 @@ def download(repo: str, commit: str, files: list[str]) -> Path:
             return Path(snapshot_download(repo, revision=commit, allow_patterns=files, local_files_only=local))
 
     try:
-        get_cached_repo_tree(repo, revision=commit)  # only its listing tells a complete cache
+        get_cached_repo_tree(repo, revision=commit)  # without the list of files, the cache may be incomplete
         return snapshot(local=True)
     except (CachedRepoTreeNotFoundError, HFValidationError, LocalEntryNotFoundError):
         pass
-    # asked while the hub is away, the library retries for half a minute before it reads its cache
+    # If the hub cannot be reached, the library retries for half a minute before it reads its cache.
     trouble = hub_trouble()
     try:
         return snapshot(local=trouble is not None)
@@ -129,13 +137,14 @@ def download(repo: str, commit: str, files: list[str]) -> Path:
         ) from error
     except HfHubHTTPError as error:
         raise UserError(f"{what}: the hub answered {first_line(error)}. Try again later, {elsewhere}.") from error
-    except Exception as error:  # proxies, certificates, a full disk, a download cut short: all of them end here
+    except Exception as error:  # proxies, certificates, a full disk, a download that broke off
         raise UserError(f"{what}: the download failed ({first_line(error)}). Try again, {elsewhere}.") from error
 
 
 def names_on_hub(repo: str, commit: str, folder: Path) -> set[str]:
+    """The names of all files of a commit that was downloaded to `folder`."""
     try:
         return {file.path for file in get_cached_repo_tree(repo, revision=commit)}
     except CachedRepoTreeNotFoundError:
-        # a cache filled by an older version, read without a network: all there is to know
+        # The cache was filled by an older version of the library, which stored no list: only its files are known.
         return {path.name for path in folder.iterdir()}

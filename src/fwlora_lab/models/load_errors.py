@@ -1,4 +1,4 @@
-"""TODO"""
+"""Turns errors of transformers into messages for users, and keeps its loading quiet."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ WHAT_CAN_BE_MEANT = (
 
 
 def first_line(error: BaseException) -> str:
+    """The error's type and the first line of its message."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     text = lines[0] if lines else "no message"
     return f"{type(error).__name__}: {text[:300]}"
@@ -24,8 +25,9 @@ def first_line(error: BaseException) -> str:
 
 @contextlib.contextmanager
 def as_user_error(problem: str, cure: str) -> Iterator[None]:
-    """Malformed model files raise nearly everything inside transformers; all of it is the folder's
-    fault.
+    """Raise every error of the block as a UserError: `problem`, the error's first line, `cure`.
+
+    For code that reads somebody's model files: malformed ones raise almost any type inside transformers.
     """
     try:
         yield
@@ -41,7 +43,7 @@ FETCH_AGAIN = "Copy or download the folder again, or save the model again with s
 
 @contextlib.contextmanager
 def quiet_loading() -> Iterator[None]:
-    """Without the report of head weights missing on purpose, and without a bar per tensor."""
+    """Suppress the report of missing head weights, which is expected, and the progress bar of each tensor."""
     log = logging.getLogger("transformers.modeling_utils")
 
     def wanted(record: logging.LogRecord) -> bool:

@@ -1,4 +1,4 @@
-"""TODO"""
+"""Finds the matrices that lora.target_modules means in an encoder."""
 
 from __future__ import annotations
 
@@ -17,13 +17,15 @@ from fwlora_lab.text import did_you_mean
 
 
 def target_linears(model_or_config: PreTrainedModel | PreTrainedConfig, names: Sequence[str]) -> list[str]:
-    """Full names, in the model's order, of the encoder's Linear (or Conv1D) layers `names` mean.
+    """The full names, in the model's order, of the encoder's Linear (or Conv1D) layers that `names` mean.
 
-    `query`, `key`, `value`, `intermediate`, `output` are the attention's three and the
-    feed-forward's two matrices, `attention.output` is the attention's fourth; they hold for BERT,
-    RoBERTa, DeBERTa-v2 and ModernBERT (where all of query, key and value mean the fused Wqkv).
-    `all-linear` is every one. Any other name means the modules whose full name ends in it, as in
-    PEFT. The head is never a target. Raises `UserError` for a name without a match.
+    `query`, `key`, `value` and `attention.output` are the four matrices of the attention, `intermediate` and `output`
+    the two of the feed-forward layer, in BERT, RoBERTa, DeBERTa-v2 and ModernBERT (whose fused Wqkv is meant by each of
+    query, key and value). `all-linear` means every Linear layer. Any other name means the modules whose full name ends
+    in it, as in PEFT. The head is never a target.
+
+    Raises:
+        UserError: a name without a match.
     """
     if isinstance(model_or_config, PreTrainedConfig):
         with torch.device("meta"):
@@ -42,7 +44,7 @@ def target_linears(model_or_config: PreTrainedModel | PreTrainedConfig, names: S
             matches = set(linears)
         else:
             matches = {full for full in linears if _below_layer(full) in ROLES.get(name, ())}
-            # a role that this architecture lacks may still be the name of its modules
+            # In another architecture, the name of a role may still be the name of its modules.
             matches = matches or {f for f in linears if f == name or f.endswith(f".{name}")}
         if not matches:
             raise UserError(_no_such_target(model, name, linears))

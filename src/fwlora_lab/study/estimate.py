@@ -8,8 +8,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
+from fwlora.config import warmup_in_steps
 from fwlora_lab.config.checks import check_warmup
-from fwlora_lab.config.schema import RunConfig, warmup_length
+from fwlora_lab.config.schema import RunConfig
 from fwlora_lab.config.validation import with_values
 from fwlora_lab.display.width import shorten
 from fwlora_lab.errors import UserError
@@ -93,7 +94,7 @@ def _seconds_of_a_run(cfg: RunConfig, seed: int, resources: ResourceCache) -> fl
     warmup = 0
     if cfg.method_name == "fw_lora":
         check_warmup(cfg, steps, examples)
-        warmup = warmup_length(cfg.fw_lora.warmup_steps, steps)
+        warmup = warmup_in_steps(cfg.fw_lora.warmup_steps, steps)
         changes |= {"fw_lora.warmup_steps": _PROBE_WARMUP, "fw_lora.fisher_start": 0}
     with tempfile.TemporaryDirectory() as folder:
         probe = with_values(cfg, changes | {"results_dir": folder})

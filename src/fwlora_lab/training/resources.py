@@ -13,7 +13,7 @@ from fwlora_lab.data.load import load_task, split_task, whole_dataset
 from fwlora_lab.data.task import TaskData
 from fwlora_lab.data.tokens import TokenTable, tokenize
 from fwlora_lab.errors import UserError
-from fwlora_lab.lanes.settings import supports
+from fwlora_lab.lanes.settings import supports, supports_estimator
 from fwlora_lab.models.adapter_plan import plan_adapters
 from fwlora_lab.models.backbones import Backbone, load_backbone
 from fwlora_lab.models.classifier import ClassifierSkeleton
@@ -141,4 +141,6 @@ def _missing_in_lanes(cfg: RunConfig, backbone: Backbone) -> str | None:
         return backbone.config.model_type
     if not parts_of(cfg.method_name).lanes:
         return f"the method {cfg.method_name}"
+    if cfg.method_name == "fw_lora" and not supports_estimator(cfg.fw_lora.estimator):
+        return f"the estimator {cfg.fw_lora.estimator}"
     return None

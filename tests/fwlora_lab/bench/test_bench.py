@@ -19,7 +19,7 @@ from tiny import World
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from fwlora_lab.bench import cases, run, workload
+from fwlora_lab.bench import cases, comparisons, run, workload
 from fwlora_lab.bench.cases import LaneCase, PeftLoop, Roofline, TrainerBaseline
 from fwlora_lab.bench.measure import interval, judge, measure, order_of
 from fwlora_lab.bench.workload import Workload, step_flops
@@ -250,7 +250,7 @@ def test_the_command_prints_one_object_a_line(world, monkeypatch, capsys):
         yield here.cfg, here.backbone
 
     monkeypatch.setattr(workload, "backbone_of", tiny)
-    monkeypatch.setattr(run, "_SECONDS", {True: 0.0})
+    monkeypatch.setattr(comparisons, "SECONDS", {True: 0.0})
     monkeypatch.setattr(Roofline, "_LEAST", 1e-3)
     cpu = torch.get_num_threads() == 1
     monkeypatch.setattr(cases, "PADDED", 64)

@@ -21,13 +21,14 @@ from pydantic import ValidationError
 from ruamel.yaml import YAML
 
 import fwlora
+from fwlora.config import warmup_in_steps
 from fwlora_lab.catalog.methods import METHODS
 from fwlora_lab.catalog.tasks import GLUE
 from fwlora_lab.config.checks import check_warmup, reads, warnings_of
 from fwlora_lab.config.fingerprint import fingerprint
 from fwlora_lab.config.keys import KEYS, search_key
 from fwlora_lab.config.load import expand_runs, load_run, validate_file
-from fwlora_lab.config.schema import FWLoraSettings, RunConfig, warmup_length
+from fwlora_lab.config.schema import FWLoraSettings, RunConfig
 from fwlora_lab.config.search_space import dimensions_of
 from fwlora_lab.config.tree import CONF, available_runs
 from fwlora_lab.config.yaml_writer import to_yaml
@@ -469,7 +470,7 @@ def test_a_config_cannot_be_changed():
 @pytest.mark.parametrize("warmup_steps", [1, 0.001, 0.25, 0.5, 1 / 3, 0.499])
 def test_the_length_of_the_warmup_is_that_of_the_method(warmup_steps, total_steps):
     method = fwlora.FWLoraConfig(warmup_steps=warmup_steps)
-    assert warmup_length(warmup_steps, total_steps) == method.resolve_warmup_steps(total_steps)
+    assert warmup_in_steps(warmup_steps, total_steps) == method.resolve_warmup_steps(total_steps)
 
 
 # --- writing -----------------------------------------------------------------------------------

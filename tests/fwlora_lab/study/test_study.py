@@ -23,7 +23,7 @@ from tiny import World, make_data
 from fwlora_lab.cli.main import main
 from fwlora_lab.config.tree import available_studies
 from fwlora_lab.config.yaml_writer import to_yaml
-from fwlora_lab.data.files import load_files
+from fwlora_lab.data.csv_jsonl import load_files
 from fwlora_lab.data.load import load_task
 from fwlora_lab.errors import UserError
 from fwlora_lab.models.backbones import load_backbone

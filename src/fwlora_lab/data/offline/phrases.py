@@ -1,4 +1,4 @@
-"""TODO"""
+"""The noun phrases, verb phrases and places of the offline task's sentences, with their unacceptable forms."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ from fwlora_lab.data.offline.words import (
 
 
 class Phrase(NamedTuple):
-    """A noun phrase and the ways to break it on its own."""
+    """A noun phrase, the forms of it that are errors by themselves, and the verb forms that agree with it."""
 
     words: str
     plural: bool
     broken: dict[str, str]
-    gender: str = ""  # "m" or "f" where it is certain
+    gender: str = ""  # "m" or "f" if the words decide it
 
     def verb(self, verb: Verb) -> str:
         return verb.base if self.plural else verb.third
@@ -70,16 +70,16 @@ def _determined(determiner: str, rest: str) -> str:
     return with_article(rest) if determiner == "a" else f"{determiner} {rest}"
 
 
-def noun_phrase(dice: Rng, nouns: Sequence[Noun], adjectives: Sequence[str], plural: bool | None = None) -> Phrase:
-    plural = dice.chance(0.4) if plural is None else plural
-    noun = dice.pick(nouns)
+def noun_phrase(rng: Rng, nouns: Sequence[Noun], adjectives: Sequence[str], plural: bool | None = None) -> Phrase:
+    plural = rng.chance(0.4) if plural is None else plural
+    noun = rng.pick(nouns)
     word, other = (noun.many, noun.one) if plural else (noun.one, noun.many)
-    adjective = dice.pick(adjectives) if dice.chance(0.2) else ""
+    adjective = rng.pick(adjectives) if rng.chance(0.2) else ""
     own = ONLY_MANY if plural else ONLY_ONE
-    determiner = dice.pick(EITHER if dice.chance(0.6) else own)
+    determiner = rng.pick(EITHER if rng.chance(0.6) else own)
     core = f"{adjective} {word}".strip()
     broken = {
-        "determiner number": _determined(dice.pick(ONLY_ONE if plural else ONLY_MANY), core),
+        "determiner number": _determined(rng.pick(ONLY_ONE if plural else ONLY_MANY), core),
         "noun before determiner": f"{word} {determiner}" + (f" {adjective}" if adjective else ""),
     }
     if not plural and noun not in BARE:
@@ -91,37 +91,37 @@ def noun_phrase(dice: Rng, nouns: Sequence[Noun], adjectives: Sequence[str], plu
     return Phrase(_determined(determiner, core), plural, broken)
 
 
-def person(dice: Rng) -> Phrase:
-    """A name, a pronoun, or a noun phrase about people, possibly with a distracting neighbor."""
-    if dice.chance(0.15):
-        if dice.chance(0.5):
-            return Phrase(dice.pick(FEMALE_NAMES), False, {}, "f")
-        return Phrase(dice.pick(MALE_NAMES), False, {}, "m")
-    if dice.chance(0.12):
-        right, wrong = dice.pick([("he", "him"), ("she", "her"), ("they", "them"), ("we", "us")])
+def person(rng: Rng) -> Phrase:
+    """A name, a pronoun, or a noun phrase about people, sometimes followed by a phrase of the other number."""
+    if rng.chance(0.15):
+        if rng.chance(0.5):
+            return Phrase(rng.pick(FEMALE_NAMES), False, {}, "f")
+        return Phrase(rng.pick(MALE_NAMES), False, {}, "m")
+    if rng.chance(0.12):
+        right, wrong = rng.pick([("he", "him"), ("she", "her"), ("they", "them"), ("we", "us")])
         plural = right in ("they", "we")
         return Phrase(right, plural, {"pronoun case": wrong})
-    phrase = noun_phrase(dice, PEOPLE + MALE + FEMALE, ADJECTIVES)
-    if dice.chance(0.05):
-        near = noun_phrase(dice, PEOPLE, ADJECTIVES, plural=not phrase.plural).words
-        preposition = dice.pick(["near", "behind", "with"])
+    phrase = noun_phrase(rng, PEOPLE + MALE + FEMALE, ADJECTIVES)
+    if rng.chance(0.05):
+        near = noun_phrase(rng, PEOPLE, ADJECTIVES, plural=not phrase.plural).words
+        preposition = rng.pick(["near", "behind", "with"])
         broken = {k: f"{v} {preposition} {near}" for k, v in phrase.broken.items()}
         return Phrase(f"{phrase.words} {preposition} {near}", phrase.plural, broken)
     return phrase
 
 
-def action(dice: Rng) -> tuple[Verb, Phrase]:
-    verbs, nouns = dice.pick(ACTIONS)
-    return dice.pick(verbs), thing(dice, nouns)
+def action(rng: Rng) -> tuple[Verb, Phrase]:
+    verbs, nouns = rng.pick(ACTIONS)
+    return rng.pick(verbs), thing(rng, nouns)
 
 
-def thing(dice: Rng, nouns: Sequence[Noun]) -> Phrase:
+def thing(rng: Rng, nouns: Sequence[Noun]) -> Phrase:
     animate = nouns is PEOPLE or nouns is ANIMALS
-    return noun_phrase(dice, nouns, ADJECTIVES if animate else THING_ADJECTIVES)
+    return noun_phrase(rng, nouns, ADJECTIVES if animate else THING_ADJECTIVES)
 
 
-def place(dice: Rng) -> tuple[str, str]:
-    """(`in the garden`, `the garden in`): a place, right and with its preposition misplaced."""
-    preposition = dice.pick(["in", "near", "behind"])
-    noun = f"the {dice.pick(PLACES).one}"
+def place(rng: Rng) -> tuple[str, str]:
+    """A place, with its preposition where it belongs and where it does not: (`in the garden`, `the garden in`)."""
+    preposition = rng.pick(["in", "near", "behind"])
+    noun = f"the {rng.pick(PLACES).one}"
     return f"{preposition} {noun}", f"{noun} {preposition}"

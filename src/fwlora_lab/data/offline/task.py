@@ -1,4 +1,4 @@
-"""TODO"""
+"""Loads the built-in offline task, which needs no network and no files."""
 
 from __future__ import annotations
 

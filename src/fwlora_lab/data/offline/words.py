@@ -1,4 +1,4 @@
-"""TODO"""
+"""The vocabulary of the offline task, and its random source."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ T = TypeVar("T")
 
 
 class Rng:
-    """The generator's only source of chance."""
+    """The only random source of the sentences."""
 
     def __init__(self, seed: int) -> None:
         self._random = Random(seed).random

@@ -1,4 +1,4 @@
-"""TODO"""
+"""Reads and checks a model's folder: config.json, safetensors weights and tokenizer."""
 
 from __future__ import annotations
 
@@ -22,6 +22,14 @@ _VOCABULARIES = ("tokenizer.json", "vocab.txt", "vocab.json", "*.model")
 
 
 def read_config(folder: Path, where: str) -> PreTrainedConfig:
+    """The model's config.
+
+    Args:
+        where: the key and value of the run config, for messages.
+
+    Raises:
+        UserError: config.json is malformed, or the architecture cannot be used.
+    """
     raw = _read_config_file(folder, where)
     if "auto_map" in raw:
         raise UserError(
@@ -61,7 +69,11 @@ def read_config(folder: Path, where: str) -> PreTrainedConfig:
 
 
 def check_names(names: set[str], where: str) -> None:
-    """What a folder, or a commit on the hub, must hold by the names of its files."""
+    """Check by the names of its files that a folder, or a commit on the hub, is a model.
+
+    Raises:
+        UserError: a file is missing, or the folder is an adapter.
+    """
     if "adapter_config.json" in names:
         raise UserError(
             f"{where}: this is a PEFT adapter, not a backbone. Name the model that it was trained "
@@ -69,7 +81,7 @@ def check_names(names: set[str], where: str) -> None:
         )
     if "config.json" not in names:
         raise UserError(
-            f"{where}: config.json is missing, so this is no model. It must come with config.json, "
+            f"{where}: config.json is missing, so this is not a model. It must come with config.json, "
             "model.safetensors and the tokenizer's files."
         )
     if not names & {"model.safetensors", "model.safetensors.index.json"}:
@@ -88,6 +100,11 @@ def check_names(names: set[str], where: str) -> None:
 
 
 def file_names(folder: Path, where: str) -> set[str]:
+    """The names of the files in a folder.
+
+    Raises:
+        UserError: it does not exist, is a file, or cannot be read.
+    """
     if not os.path.exists(folder):
         raise UserError(f"{where}: there is no such folder. {WHAT_CAN_BE_MEANT}")
     if not os.path.isdir(folder):
@@ -114,7 +131,11 @@ def _read_config_file(folder: Path, where: str) -> dict[str, Any]:
 
 
 def check_weights(folder: Path, where: str) -> None:
-    """Every safetensors file that the folder promises is there and its header fits its size."""
+    """Check that every safetensors file is there, and that its header matches its size.
+
+    Raises:
+        UserError: a file is missing, incomplete or empty.
+    """
     single, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
     if single.is_file():
         shards = [single]
@@ -133,13 +154,18 @@ def check_weights(folder: Path, where: str) -> None:
                 empty = not any(True for _ in file.keys())
         except (SafetensorError, OSError) as error:
             raise UserError(
-                f"{where}: {shard.name} is cut short or no safetensors file ({first_line(error)}). {FETCH_AGAIN}"
+                f"{where}: {shard.name} is incomplete or not a safetensors file ({first_line(error)}). {FETCH_AGAIN}"
             ) from error
         if empty:
             raise UserError(f"{where}: {shard.name} holds no tensors. {FETCH_AGAIN}")
 
 
 def read_tokenizer(folder: Path, where: str, config: PreTrainedConfig) -> PreTrainedTokenizerBase:
+    """The model's fast tokenizer, with a padding token.
+
+    Raises:
+        UserError: there is none, or it has more tokens than the model.
+    """
     with as_user_error(f"{where}: the tokenizer cannot be loaded", FETCH_AGAIN):
         tokenizer = AutoTokenizer.from_pretrained(folder, config=config, trust_remote_code=False, local_files_only=True)
     if not tokenizer.is_fast:
@@ -153,7 +179,7 @@ def read_tokenizer(folder: Path, where: str, config: PreTrainedConfig) -> PreTra
                 f"{where}: the tokenizer has neither a padding nor an end token. Add pad_token to "
                 "tokenizer_config.json."
             )
-        tokenizer.pad_token = tokenizer.eos_token  # the custom of decoders that never saw padding
+        tokenizer.pad_token = tokenizer.eos_token  # as is usual for decoders, which are trained without padding
     ids = len(tokenizer)
     if ids > config.vocab_size:
         raise UserError(
@@ -165,7 +191,10 @@ def read_tokenizer(folder: Path, where: str, config: PreTrainedConfig) -> PreTra
 
 
 def max_tokens(encoder: nn.Module) -> int:
-    """The position table's rows, less those RoBERTa's kin reserve; else what config.json says."""
+    """Number of usable positions, from the position table or else from config.json.
+
+    RoBERTa-style models reserve the first padding_idx + 1 rows of the table.
+    """
     for name, module in encoder.named_modules():
         if isinstance(module, nn.Embedding) and name.rpartition(".")[2] in (
             "position_embeddings",

@@ -1,4 +1,4 @@
-"""TODO"""
+"""Loads texts and labels from CSV and JSON Lines files."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ import numpy as np
 
 from fwlora_lab.catalog.tasks import TaskSpec
 from fwlora_lab.data.task import Examples
-from fwlora_lab.data.text_files import read_text, refuse, refuse_file
+from fwlora_lab.data.text_files import column_of, read_text, refuse, refuse_file
 from fwlora_lab.errors import UserError
 from fwlora_lab.text import did_you_mean
 
@@ -25,12 +25,19 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class FileRow:
-    number: int  # the line on which it ends, counted from 1
+    """One example of a file."""
+
+    number: int  # the line on which the row ends, counted from 1
     texts: tuple[str, ...]
     label: str | int
 
 
 def load_files(cfg: DatasetConfig) -> tuple[TaskSpec, Examples, Examples, str]:
+    """Read `cfg.train_file` and `cfg.eval_file`; the classes are the distinct labels of the training file.
+
+    Raises:
+        UserError: the files do not hold a classification task; the message names the file, the line and the column.
+    """
     text = (cfg.text_column,) if isinstance(cfg.text_column, str) else tuple(cfg.text_column or ())
     label = str(cfg.label_column)
     paths = [Path(str(name)).expanduser() for name in (cfg.train_file, cfg.eval_file)]
@@ -39,7 +46,7 @@ def load_files(cfg: DatasetConfig) -> tuple[TaskSpec, Examples, Examples, str]:
     if paths[0].samefile(paths[1]):
         raise UserError(
             f"dataset.train_file, dataset.eval_file: both are {paths[0]}, so the model would be "
-            "judged on what it was trained on; split the file in two"
+            "evaluated on what it was trained on; split the file in two"
         )
     classes = _classes(paths[0], rows[0], label)
     spec = TaskSpec(
@@ -56,11 +63,11 @@ def load_files(cfg: DatasetConfig) -> tuple[TaskSpec, Examples, Examples, str]:
 
 
 def _classes(path: Path, rows: list[FileRow], column: str) -> list[str | int]:
-    """The distinct labels of train, in numerical order if all are whole numbers, else sorted."""
+    """The distinct labels, in numerical order if all are whole numbers, else in alphabetical order."""
     count = Counter(row.label for row in rows)
     if len({type(label) for label in count}) > 1:
-        odd = min((type(row.label).__name__, row.number) for row in rows)[1]
-        refuse(path, odd, column, "some labels are strings and some are numbers; write one kind")
+        line = min((type(row.label).__name__, row.number) for row in rows)[1]
+        refuse(path, line, column, "some labels are strings and some are numbers; write one kind")
     if len(count) == 1:
         only = next(iter(count))
         refuse_file(
@@ -72,7 +79,7 @@ def _classes(path: Path, rows: list[FileRow], column: str) -> list[str | int]:
         refuse_file(
             path,
             f"column {column!r} holds {len(count)} different labels in {len(rows)} rows, which is "
-            "no classification task; check dataset.label_column",
+            "not a classification task; check dataset.label_column",
         )
     labels = sorted(count, key=str)
     whole = all(isinstance(label, int) or _is_whole(label) for label in labels)
@@ -132,7 +139,7 @@ def _read_csv(path: Path, text: tuple[str, ...], label: str) -> list[FileRow]:
             path,
             reader.line_num,
             None,
-            f"this is no valid CSV ({error}); most often a quotation mark is not closed, or not "
+            f"this is not valid CSV ({error}); often a quotation mark is not closed, or not "
             'doubled inside a "quoted" text',
         )
     if not rows:
@@ -148,10 +155,10 @@ def _read_jsonl(path: Path, text: tuple[str, ...], label: str) -> list[FileRow]:
         try:
             record = json.loads(line, object_pairs_hook=_no_duplicates, parse_constant=_no_constant)
         except (ValueError, RecursionError) as error:
-            refuse(path, number, None, f"this is no valid JSON ({error}); write one object a line")
+            refuse(path, number, None, f"this is not valid JSON ({error}); write one object per line")
         if not isinstance(record, dict):
             kind = type(record).__name__
-            refuse(path, number, None, f'a {kind} instead of an object like {{"{text[0]}": ...}}')
+            refuse(path, number, None, f'this is of type {kind}; write an object like {{"{text[0]}": ...}}')
         missing = next((name for name in (*text, label) if name not in record), None)
         if missing is not None:
             refuse(path, number, missing, f"the key is missing{did_you_mean(missing, record)}; add it")
@@ -196,14 +203,3 @@ def _row(path: Path, number: int, names: tuple[str, ...], fields: Sequence[str],
         except UnicodeEncodeError:
             refuse(path, number, name, "the text holds half a surrogate pair (\\ud800 to \\udfff)")
     return FileRow(number, texts, label)
-
-
-def column_of(path: Path, header: Sequence[str], name: str) -> int:
-    if header.count(name) == 1:
-        return header.index(name)
-    if name in header:
-        refuse(path, 1, name, "two columns have this name; rename one")
-    odd = [c for c in "\t;|" if len(header) == 1 and c in header[0]]
-    cure = f"; it seems to be separated by {odd[0]!r}, save it with commas" if odd else ""
-    names = ", ".join(header[:12])
-    refuse(path, 1, name, f"there is no such column{did_you_mean(name, header)}; it has {names}{cure}")
