@@ -1,4 +1,4 @@
-"""A study that nobody trained: records, predictions and a plan with known numbers, for the tests of the report."""
+"""Records, predictions and a plan with known numbers, as if a study had been trained, for the tests of the report."""
 
 from __future__ import annotations
 
@@ -32,15 +32,14 @@ def run_id(task: str, method: str, budget: float = 0.2) -> str:
 def config(
     folder: Path, task: str, method: str, budget: float = 0.2, engine: str = "peft", **changes: Any
 ) -> RunConfig:
-    arm = method if method in ("lora", "adalora") else "fw_lora"
     tree: dict[str, Any] = {
         "run_id": run_id(task, method, budget),
-        "method": arm,
+        "method": method if method in ("lora", "adalora") else "fw_lora",
         "results_dir": str(folder),
         "model": {"name": "all-MiniLM-L6-v2", "pretrained_id": "minilm", "parameter_budget_percent": budget},
         "dataset": {"name": "glue", "subset": task},
         "training": {"engine": engine, "learning_rate": 1e-3 if method == "lora" else 2e-3},
-        "fw_lora": {"weighting": "uniform" if method == "uniform" else "share", "warmup_steps": 0.25},
+        "fw_lora": {"weighting": "uniform" if method == "uniform" else "importance", "warmup_steps": 0.25},
     }
     return RunConfig.model_validate(tree | changes)
 
@@ -111,16 +110,16 @@ def matrices(cfg: RunConfig, rng: np.random.Generator, layers: int = 6) -> list[
 
 
 def write(folder: Path, cfg: RunConfig, made: Record, predictions: tuple[np.ndarray, np.ndarray] | None = None) -> Path:
-    """The run's folder, with its record and, where they are given, its predictions and labels."""
-    place = RunDir(folder, cfg.run_id, made.seed)
+    """Write the record and, if given, the predictions and labels of a run; the run's folder."""
+    run_dir = RunDir(folder, cfg.run_id, made.seed)
     logits, labels = (None, None) if predictions is None else predictions
-    with place.lock():
-        place.write(made, cfg, logits=logits, labels=labels)
-    return place.path
+    with run_dir.lock():
+        run_dir.write(made, cfg, logits=logits, labels=labels)
+    return run_dir.path
 
 
 def predictions(seed: int, right: float, examples: int = 400) -> tuple[np.ndarray, np.ndarray]:
-    """Logits whose classes are right for this share of the examples, on labels that are the same every time."""
+    """Logits that are right for this share of the examples, and the labels, which are the same for every seed."""
     labels = np.random.default_rng(99).integers(2, size=examples)
     order = np.random.default_rng(seed).permutation(examples)
     guessed = labels.copy()
@@ -180,7 +179,7 @@ def claim(method: str, relation: str, margin: Any, task: str = "cola", **changes
 
 
 def full_study(folder: Path, seeds: int = 6, layers: int = 6, budgets: Sequence[float] = (0.2,)) -> StudyPlan:
-    """What a real study looks like: two tasks, four methods, claims of all kinds, scores of the predictions."""
+    """A study like a real one: two tasks, four methods, claims of all kinds, scores computed from the predictions."""
     rng = np.random.default_rng(5)
     right = {
         "cola": {"lora": 0.70, "adalora": 0.66, "fw_lora": 0.702, "uniform": 0.701},
@@ -195,8 +194,8 @@ def full_study(folder: Path, seeds: int = 6, layers: int = 6, budgets: Sequence[
                 cfg = config(folder, task, method, budget)
                 cells.append(StudyCell(task=task, budget=budget, method=method, run_id=cfg.run_id))
                 for seed in range(seeds):
-                    mine = luck[seed] + 0.08 * rng.random(len(labels))
-                    hit = mine < np.quantile(mine, share + 0.01 * np.log(budget / 0.2) + 0.006 * rng.normal())
+                    hard = luck[seed] + 0.08 * rng.random(len(labels))
+                    hit = hard < np.quantile(hard, share + 0.01 * np.log(budget / 0.2) + 0.006 * rng.normal())
                     guessed = np.where(hit, labels, 1 - labels)
                     score = np.corrcoef(guessed, labels)[0, 1] if task == "cola" else hit.mean()
                     time = {"adalora": 67.3, "fw_lora": 60.5}.get(method, 60.0) * np.exp(0.004 * rng.normal())

@@ -175,14 +175,13 @@ def test_hydra_and_omegaconf_are_used_through_one_module(name: str) -> None:
 
 
 def test_help_loads_no_slow_package() -> None:
+    """Neither of `fwlora` nor of any of its commands, so that each is there at once."""
     code = (
         "import sys\n"
-        "from fwlora_lab.cli.main import main\n"
-        "try:\n"
-        "    main(['--help'])\n"
-        "except SystemExit:\n"
-        "    pass\n"
-        "slow = {'hydra', 'omegaconf', 'torch', 'transformers', 'peft', 'optuna', 'pydantic'}\n"
+        "from fwlora_lab.cli.main import COMMANDS, main\n"
+        "assert main(['--help']) == 0 and len(COMMANDS) == 10\n"
+        "assert all(main([name, '--help']) == 0 for name in COMMANDS)\n"
+        "slow = {'hydra', 'omegaconf', 'torch', 'transformers', 'peft', 'optuna', 'pydantic', 'numpy', 'rich'}\n"
         "sys.exit(str(sorted(slow & set(sys.modules))) if slow & set(sys.modules) else 0)\n"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)

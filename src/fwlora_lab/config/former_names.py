@@ -30,6 +30,10 @@ _STORED_KEYS = {new: old for old, new in FORMER_KEYS.items()}
 _warned: set[str] = set()
 
 
+class FormerName(FutureWarning):
+    """A key or value is written under its former name."""
+
+
 def present_key(key: str, warn: bool = False) -> str:
     """The present name of a key; a key that was never renamed stays as it is."""
     new = FORMER_KEYS.get(key, key)
@@ -96,4 +100,4 @@ def _warn(text: str) -> None:
     """Warn once a process."""
     if text not in _warned:
         _warned.add(text)
-        warnings.warn(f"{text}; the former name is still read.", FutureWarning, stacklevel=3)
+        warnings.warn(f"{text}; the former name is still read.", FormerName, stacklevel=3)

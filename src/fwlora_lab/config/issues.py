@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping
-from dataclasses import replace
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from pydantic import ValidationError
@@ -13,7 +12,7 @@ from fwlora_lab.config.faults import InvalidRun, Issue, IssueKind
 from fwlora_lab.config.keys import nearest_key
 from fwlora_lab.text import did_you_mean
 
-_WANTED = {
+_TYPES = {
     "int_type": "a whole number",
     "float_type": "a number",
     "string_type": "a text",
@@ -23,53 +22,12 @@ _WANTED = {
     "model_type": "a block of keys",
     "model_attributes_type": "a block of keys",
 }
-
-
-def _shown(value: Any) -> str:
-    if isinstance(value, str):
-        return f"the text {value[:80]!r}"
-    if isinstance(value, bool):
-        return "true" if value else "false"
-    if value is None:
-        return "null"
-    if isinstance(value, dict):
-        return "a block of keys"
-    return f"the list {str(value)[:80]}" if isinstance(value, list) else str(value)[:80]
-
-
-def _kind(pydantic_type: str) -> IssueKind:
-    if pydantic_type in _WANTED:
-        return "type"
-    kinds: dict[str, IssueKind] = {
-        "missing": "missing",
-        "extra_forbidden": "unknown_key",
-        "literal_error": "choice",
-    }
-    return kinds.get(pydantic_type, "value")
-
-
-def _explain(error: Any, key: str, suggest: Callable[[str], str]) -> str:
-    kind, value, ctx = error["type"], error.get("input"), error.get("ctx", {})
-    if kind == "missing":
-        return "is missing: add it"
-    if kind == "extra_forbidden":
-        return f"unknown key{suggest(key)}"
-    if kind == "value_error":
-        return str(ctx["error"])
-    if kind == "literal_error":
-        allowed = ctx["expected"].replace(" or ", ", ").replace("'", "").split(", ")
-        near = did_you_mean(str(value), allowed)
-        return f"{_shown(value)} is not allowed{near}: use one of {', '.join(allowed)}"
-    if kind == "finite_number":
-        return f"must be a finite number, not {value}: a text such as a commit goes in quotes"
-    if kind in _WANTED:
-        cure = ""
-        if kind == "string_type" and not isinstance(value, dict | list):
-            cure = ": put it in quotes"
-        elif kind in ("int_type", "float_type", "bool_type") and isinstance(value, str):
-            cure = ": remove the quotes" if re.fullmatch(r"[-+.\deE]+|true|false", value) else ""
-        return f"must be {_WANTED[kind]}, not {_shown(value)}{cure}"
-    return f"{re.sub('^(Input|List|String) should', 'must', error['msg'])}, not {_shown(value)}"
+_KINDS: dict[str, IssueKind] = {
+    **dict.fromkeys(_TYPES, "type"),
+    "missing": "missing",
+    "extra_forbidden": "unknown_key",
+    "literal_error": "choice",
+}
 
 
 def issues_of(error: ValidationError, data: Any, suggest: Callable[[str], str] = nearest_key) -> list[Issue]:
@@ -81,36 +39,75 @@ def issues_of(error: ValidationError, data: Any, suggest: Callable[[str], str] =
             config are suggested.
     """
     issues: dict[str, Issue] = {}
+    wanted: dict[str, list[str]] = {}  # the types that a key may have: each branch of a union complains for itself
     for item in error.errors(include_url=False):
         inner = item.get("ctx", {}).get("error")
         if isinstance(inner, InvalidRun):
             for issue in inner.issues:
                 issues.setdefault(issue.key, issue)
             continue
-        key, at = "", data
-        for part in item["loc"]:  # the branches of a union (`int`, `list[str]`) are not part of the key
-            last = part == item["loc"][-1]
-            if isinstance(at, Mapping) and (part in at or (last and item["type"] == "missing")):
-                at = at.get(part)
-            elif isinstance(at, list) and isinstance(part, int) and part < len(at):
-                at = at[part]
-            else:
-                continue
-            key = f"{key}.{part}" if key else str(part)
-        item["input"] = at if item["type"] != "value_error" else None
-        text = _explain(item, key, suggest)
-        if key in issues:  # every branch of a union complains once
-            if text not in issues[key].text and item["type"] in _WANTED:
-                issues[key] = replace(issues[key], text=_either(issues[key].text, text))
-            continue
-        issues[key] = Issue(key, text, _kind(item["type"]))
+        key, value = _written_key(item, data)
+        kind = _KINDS.get(item["type"], "value")
+        if kind == "type":
+            wanted.setdefault(key, []).append(_TYPES[item["type"]])
+            text = _wrong_type(list(dict.fromkeys(wanted[key])), value)
+        else:
+            text = _explain(item, key, value, suggest)
+        if key not in issues or kind == issues[key].kind == "type":
+            issues[key] = Issue(key, text, kind)
     return list(issues.values())
 
 
-def _either(first: str, second: str) -> str:
-    """`must be a whole number or a number, not …` from two branches of a union."""
-    if not (first.startswith("must be ") and second.startswith("must be ")):
-        return first
-    wanted = second.removeprefix("must be ").split(", not ")[0]
-    head, sep, tail = first.partition(", not ")
-    return f"{head} or {wanted}{sep}{tail}" if sep else first
+def _written_key(item: Any, data: Any) -> tuple[str, Any]:
+    """The dotted key of an error and its value; branches of a union (`int`, `list[str]`) are not part of the key."""
+    key, value = "", data
+    for number, part in enumerate(item["loc"], 1):
+        is_missing = number == len(item["loc"]) and item["type"] == "missing"
+        if isinstance(value, Mapping) and (part in value or is_missing):
+            value = value.get(part)
+        elif isinstance(value, list) and isinstance(part, int) and part < len(value):
+            value = value[part]
+        else:
+            continue
+        key = f"{key}.{part}" if key else str(part)
+    return key, value
+
+
+def _wrong_type(wanted: Sequence[str], value: Any) -> str:
+    cure = ""
+    if wanted[0] == _TYPES["string_type"] and not isinstance(value, dict | list):
+        cure = ": put it in quotes"
+    elif isinstance(value, str) and re.fullmatch(r"[-+.\deE]+|true|false", value) and wanted[0] in _UNQUOTED:
+        cure = ": remove the quotes"
+    return f"must be {' or '.join(wanted)}, not {_display(value)}{cure}"
+
+
+_UNQUOTED = (_TYPES["int_type"], _TYPES["float_type"], _TYPES["bool_type"])
+
+
+def _explain(item: Any, key: str, value: Any, suggest: Callable[[str], str]) -> str:
+    kind, context = item["type"], item.get("ctx", {})
+    if kind == "missing":
+        return "is missing: add it"
+    if kind == "extra_forbidden":
+        return f"unknown key{suggest(key)}"
+    if kind == "value_error":
+        return str(context["error"])
+    if kind == "literal_error":  # pydantic gives the choices as a text only: "'a', 'b' or 'c'"
+        allowed = context["expected"].replace(" or ", ", ").replace("'", "").split(", ")
+        return f"{_display(value)} is not allowed{did_you_mean(str(value), allowed)}: use one of {', '.join(allowed)}"
+    if kind == "finite_number":
+        return f"must be a finite number, not {value}: a text such as a commit goes in quotes"
+    return f"{re.sub('^(Input|List|String) should', 'must', item['msg'])}, not {_display(value)}"
+
+
+def _display(value: Any) -> str:
+    if isinstance(value, str):
+        return f"the text {value[:80]!r}"
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    if value is None:
+        return "null"
+    if isinstance(value, dict):
+        return "a block of keys"
+    return f"the list {str(value)[:80]}" if isinstance(value, list) else str(value)[:80]

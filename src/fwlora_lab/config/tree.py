@@ -18,6 +18,11 @@ def available_runs(config_dir: str | None = None) -> list[str]:
     return sorted({p.stem for folder in folders if folder.is_dir() for p in folder.glob("*.yaml")})
 
 
+def available_studies() -> list[str]:
+    """The names of the packaged studies."""
+    return sorted(path.stem for path in (CONF / "study").glob("*.yaml"))
+
+
 def find_run(run: str, config_dir: str | None = None) -> Path:
     """The file of a run: a path to a .yaml file, or an id in `config_dir` or the packaged tree.
 

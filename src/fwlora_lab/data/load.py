@@ -35,7 +35,24 @@ def load_task(cfg: DatasetConfig) -> TaskData:
     check_dataset(cfg)
     data_source = source_of(cfg.name)
     assert data_source is not None  # the schema refuses other names
-    spec, train, dev, source = data_source.resolve_loader()(cfg)
+    return _split(*data_source.resolve_loader()(cfg), cfg)
+
+
+def whole_dataset(cfg: DatasetConfig) -> DatasetConfig:
+    """The config of the same examples with none of them carved out or left out.
+
+    Configs that differ only in how they split or tokenize the same examples have the same whole.
+    """
+    unset = ("validation_fraction", "train_examples", "max_length", "padding", "truncation")
+    return cfg.model_copy(update={key: type(cfg).model_fields[key].default for key in unset})
+
+
+def split_task(whole: TaskData, cfg: DatasetConfig) -> TaskData:
+    """What `load_task(cfg)` returns, from the data of `load_task(whole_dataset(cfg))` instead of from the files."""
+    return _split(whole.spec, whole.train, whole.dev, whole.source, cfg)
+
+
+def _split(spec: TaskSpec, train: Examples, dev: Examples, source: str, cfg: DatasetConfig) -> TaskData:
     train, validation = _carve(spec, train, cfg)
     train = _subsample(train, cfg)
     if spec.kind == "classification" and len(set(train.labels.tolist())) < 2:

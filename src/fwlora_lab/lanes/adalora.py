@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from fwlora_lab.lanes.buffers import FactorStacks, LaneBuffers
-from fwlora_lab.lanes.settings import Allocation, Lane
+from fwlora_lab.lanes.settings import Lane
+from fwlora_lab.models.adapter_plan import AdaLoraSchedule
 
 
 class LaneAdaLora:
@@ -75,7 +76,7 @@ class LaneAdaLora:
             layout.singular_values(buffers.values)[e].masked_fill_(triplets[e] <= threshold, 0.0)
 
 
-def _allocation_of(lane: Lane) -> Allocation:
+def _allocation_of(lane: Lane) -> AdaLoraSchedule:
     allocation = lane.settings.ada
     assert allocation is not None
     return allocation

@@ -92,7 +92,7 @@ class LaneBuffers:
             self.grads[:, : self.layout.adapter_size].copy_(self.compute_grads)
 
     def state_of(self, row: int, ranks: Mapping[str, int]) -> dict[str, Tensor]:
-        """Views of all that makes up the run in a lane, by name and cut to its ranks, whatever the engine's rank.
+        """Views of all that makes up the run in a lane, by name and cut to its ranks.
 
         Gradients are left out, since every step begins with none, and so are the penalty's coefficients, which
         follow from F.

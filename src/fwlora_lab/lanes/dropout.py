@@ -34,8 +34,8 @@ class DropoutRng:
 
     def start_by_lane(self, generators: Sequence[torch.Generator]) -> None:
         """Start a step in which each lane asks for its own sizes."""
-        nothing = torch.empty(0, dtype=torch.int16, device=self.device)
-        self._by_lane = [(generator, nothing) for generator in generators]
+        none_left = torch.empty(0, dtype=torch.int16, device=self.device)
+        self._by_lane = [(generator, none_left) for generator in generators]
 
     def start_shared(self, generators: Sequence[torch.Generator], size: int | None) -> None:
         """Start a step in which all lanes ask for the same sizes, `size` numbers in all.

@@ -64,7 +64,7 @@ class LaneEngine:
         # The autograd leaves are views of one buffer on purpose; PyTorch recommends a block of its own for each.
         warnings.filterwarnings("ignore", message="grad and param do not obey the gradient layout contract")
         self.model = model.requires_grad_(False).eval()  # dropout masks come from the pass's context
-        self.targets, self.width = list(targets), width
+        self.targets, self.width = list(dict.fromkeys(targets)), width
         parameter = next(model.parameters())
         self.device, self.dtype = parameter.device, torch.promote_types(parameter.dtype, torch.float32)
         self._head = LaneHead(model)
@@ -130,7 +130,9 @@ class LaneEngine:
         self.penalty.arrange(self.lanes)
         if self._adalora is not None:
             self._adalora.arrange(self.lanes)
+        # Both depend on which lanes there are: on their tensors and on whether any of them uses dropout.
         self._captured.clear()
+        self._drawn.clear()
 
     def adapters(self, lane: int) -> dict[str, tuple[Tensor, ...]]:
         """A [r, d_in], B [d_out, r] (and Λ) by target, cut to the lane's own ranks; targets of rank 0 are left out."""
@@ -204,9 +206,9 @@ class LaneEngine:
         capture: FisherCapture | None = None,
     ) -> Tensor:
         """Logits of these lanes (None: of all), with dropout from `rng`."""
-        everyone = list(range(len(self.lanes)))
-        present = everyone if lanes is None else list(lanes)
-        selected = None if present == everyone else torch.tensor(present, device=self.device)
+        all_lanes = list(range(len(self.lanes)))
+        present = all_lanes if lanes is None else list(lanes)
+        selected = None if present == all_lanes else torch.tensor(present, device=self.device)
         context = PassContext(
             packed=packed,
             buffers=self.buffers,
@@ -300,7 +302,7 @@ class LaneEngine:
     def memory(self, packed: Packed) -> int:
         """Bytes of a training step on such a batch: the lanes' buffers and what a forward pass keeps for its backward.
 
-        Trains nothing and leaves the lanes' generators as they were.
+        Changes neither the lanes' parameters nor their generators.
         """
         packed = packed.to(self.device)
         present = self.lanes[: len(packed.tokens)]

@@ -1,4 +1,4 @@
-"""Where each adapter and head parameter of a lane lies in that lane's row of the flat buffers."""
+"""The place of each adapter and head parameter in a lane's row of the flat buffers."""
 
 from __future__ import annotations
 

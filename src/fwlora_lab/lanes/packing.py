@@ -2,7 +2,7 @@
 
 Outside of attention an encoder works on single tokens, so a row of packed tokens costs what its tokens cost. For
 attention the sentences are gathered into blocks of similar length, and no sentence sees another. How a sentence is
-treated depends on its own lane alone: a lane computes the same whatever runs share the engine with it.
+treated depends on its own lane alone, not on the runs that share the engine with it.
 
 A row is either as long as the tokens of the longest lane, which suits a CPU (`pack`), or all batches of a run have one
 fixed `Shape`, which a captured CUDA graph needs (`pack_shaped`).
@@ -126,7 +126,7 @@ class Packed:
 
         Returns:
             For each block the int64 positions to gather from, flattened; and the positions in all blocks' results, one
-            behind the other, to gather from on the way back. Computed once for a batch.
+            after the other, to gather from on the way back. Computed once for a batch.
         """
         if (heads, parts) not in self._head_indices:
             device, each, done = self.from_blocks.device, max(parts, 1), 0

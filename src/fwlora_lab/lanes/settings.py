@@ -1,4 +1,4 @@
-"""What the engine is told about the run in a lane, and what it remembers of that run apart from its tensors."""
+"""The settings of the run in a lane, and its progress apart from tensors."""
 
 from __future__ import annotations
 
@@ -9,51 +9,11 @@ import torch
 from transformers import PretrainedConfig
 
 import fwlora
+from fwlora_lab.models.adapter_plan import AdaLoraSchedule
 
 # Encoders by the layout of their classification head (see `layers.LaneHead`).
 BERT_HEADS = ("bert",)
 ROBERTA_HEADS = ("roberta", "xlm-roberta", "camembert")
-
-
-@dataclass(frozen=True)
-class Allocation:
-    """AdaLoRA's rank schedule, in optimiser steps counted from 1.
-
-    AdaLoRA (arXiv 2303.10512) trains ΔW = s·B·diag(Λ)·A with A and B held near orthogonal. It scores each triplet (row
-    of A, entry of Λ, column of B) by a smoothed |w·∇w| times its uncertainty and sets the λ of the lowest scores to
-    zero. The number of triplets that stay falls with the cube of the remaining time. With tinit = tfinal = total_steps
-    nothing is ever scored or masked: that is SVD-LoRA.
-
-    Args:
-        final: ranks that are left at the end, summed over all targets.
-        tinit: steps before the first allocation.
-        tfinal: steps after the last allocation.
-        delta_t: steps from one allocation to the next.
-        beta1: decay of the smoothed sensitivity, in [0, 1).
-        beta2: decay of its uncertainty, in [0, 1).
-        orth_reg_weight: weight of the orthogonality regulariser.
-        total_steps: steps of the whole run.
-    """
-
-    final: int
-    tinit: int
-    tfinal: int
-    delta_t: int
-    beta1: float
-    beta2: float
-    orth_reg_weight: float
-    total_steps: int
-
-    def budget(self, step: int, initial: int) -> int | None:
-        """The ranks to keep after this step, of `initial` ones; None if nothing is masked after it."""
-        if step <= self.tinit:
-            return None
-        if step >= self.total_steps - self.tfinal:  # PEFT forces the last allocation and repeats it on each later step
-            return self.final
-        if step % self.delta_t:
-            return None
-        left = 1 - (step - self.tinit) / (self.total_steps - self.tfinal - self.tinit)
-        return int((initial - self.final) * left**3 + self.final)
 
 
 @dataclass
@@ -80,7 +40,7 @@ class LaneSettings:
     seed: int
     fw: fwlora.FWLoraConfig | None = None
     warmup_steps: int = 0
-    ada: Allocation | None = None
+    ada: AdaLoraSchedule | None = None
 
 
 @dataclass
@@ -95,11 +55,8 @@ class Lane:
     def phase(self) -> str:
         """The part of the run that its next step belongs to, by the names that the methods use."""
         settings = self.settings
-        ada = settings.ada
-        if ada is not None and ada.tinit < ada.total_steps:
-            if self.step < ada.tinit:
-                return "initial"
-            return "allocating" if self.step < ada.total_steps - ada.tfinal else "final"
+        if settings.ada is not None and settings.ada.tinit < settings.ada.total_steps:
+            return settings.ada.phase(self.step)
         if settings.fw is None:
             return "training"
         return "warmup" if self.step < settings.warmup_steps else "penalty"

@@ -1,4 +1,4 @@
-"""TODO"""
+"""What a search tries: a run config, the keys that its trials vary, and the config of each trial."""
 
 from __future__ import annotations
 
@@ -7,54 +7,46 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import optuna
-from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution, IntDistribution
-from optuna.pruners import BasePruner
-from optuna.samplers import BaseSampler
-
 from fwlora_lab.config.checks import warnings_of
 from fwlora_lab.config.fingerprint import in_fingerprint
 from fwlora_lab.config.former_names import stored_key, with_stored_names
 from fwlora_lab.config.keys import LEAVES, get_key
-from fwlora_lab.config.schema import Dimension, OptunaConfig, RunConfig
+from fwlora_lab.config.schema import DatasetConfig, Dimension, OptunaConfig, RunConfig
 from fwlora_lab.config.search_space import dimensions_of
 from fwlora_lab.config.validation import with_values
 from fwlora_lab.errors import UserError
-from fwlora_lab.search.trials import SharedStudy, storage_url
-from fwlora_lab.seeds import derive
 
-_VALIDATION_FRACTION = 0.1  # where the config sets no part of the training data aside
-_SHARE_OF_TRIALS = 4  # a quarter of the trials at once: the sampler is to learn from some before it draws the last
-_STARTUP_TRIALS = 10  # drawn at random before TPE's model, but not more than a third of all
-# These decide what is learnt and what is scored: trials that differ in them have scores that do not compare.
+_VALIDATION_FRACTION = 0.1  # if the config sets no part of the training data aside
+_CONCURRENT_PART = 4  # at most 1/4 of the trials run at once: the sampler learns from some before it draws the last
+# Scores of trials that differ in these cannot be compared: they decide what is learnt, and what is scored.
 _NOT_SEARCHED = (
     "training.seed",
     "training.evaluate_on",
     "training.save_adapter",
     "model.lora.enabled",
-    *(
-        f"dataset.{key}"
-        for key in (
-            "name subset root revision split eval_split train_file eval_file text_column label_column "
-            "train_examples validation_fraction seed"
-        ).split()
-    ),
+    *(f"dataset.{key}" for key in DatasetConfig.model_fields if key not in ("max_length", "padding", "truncation")),
 )
 _RANK_KEYS = ("model.lora.rank", "model.parameter_budget_percent", "adalora.init_rank_factor")
 
 
 @dataclass(frozen=True)
-class Search:
-    """A run config as a search: `given` as it was written, `base` as its trials start from."""
+class SearchSpec:
+    """A run config with a search space.
 
-    given: RunConfig
+    Attributes:
+        cfg: the run config as it was written.
+        base: what the trials' configs start from: scored on a validation split, results below the search's folder.
+        dimensions: the searched keys, with dots, and the values that each may take.
+    """
+
+    cfg: RunConfig
     base: RunConfig
     optuna: OptunaConfig
     dimensions: dict[str, Dimension]
 
     @classmethod
-    def of(cls, cfg: RunConfig) -> Search:
-        """Raises UserError where the config has no search space, or one that scores trials on different data."""
+    def of(cls, cfg: RunConfig) -> SearchSpec:
+        """The search of a run config; UserError if it has no search space, or one that varies what is scored."""
         if cfg.optuna is None:
             raise UserError(
                 f"{cfg.run_id} has no search space: add a block `optuna` with n_trials and search_space, for example\n"
@@ -63,7 +55,7 @@ class Search:
         dimensions = dimensions_of(cfg.optuna)
         for key in dimensions:
             if key in _NOT_SEARCHED:
-                raise UserError(f"optuna: {key} cannot be searched: trials would be scored on something else each")
+                raise UserError(f"optuna: {key} cannot be searched: the scores of its trials could not be compared")
         fraction = cfg.dataset.validation_fraction or _VALIDATION_FRACTION
         changes = {
             "dataset.validation_fraction": fraction,
@@ -76,28 +68,30 @@ class Search:
 
     @property
     def folder(self) -> Path:
-        return Path(self.given.results_dir) / self.given.run_id / "search"
+        """Where the search writes its results."""
+        return Path(self.cfg.results_dir) / self.cfg.run_id / "search"
 
     @property
     def storage(self) -> str:
+        """The URL of the database; an SQLite file in the search's folder if the config names none."""
         return self.optuna.storage or f"sqlite:///{(self.folder / 'study.db').resolve()}"
 
     @property
     def seeds(self) -> list[int]:
         """The training seeds, the same for every trial."""
-        first = self.given.training.seed
+        first = self.cfg.training.seed
         return [(first + i) % 2**32 for i in range(self.optuna.seeds_per_trial)]
 
     @property
-    def n_jobs(self) -> int:
-        """Trials at once in one worker, as far as there are lanes."""
-        return self.optuna.n_jobs or max(1, self.optuna.n_trials // _SHARE_OF_TRIALS)
+    def max_concurrent(self) -> int:
+        """The most trials that one worker trains at once; the number of lanes may be lower."""
+        return self.optuna.n_jobs or max(1, self.optuna.n_trials // _CONCURRENT_PART)
 
     @property
     def notes(self) -> list[str]:
-        """What a person should know before it begins."""
-        cfg, notes = self.given, warnings_of(self.given)
-        if not cfg.dataset.validation_fraction:
+        """What the user should know before the search starts."""
+        notes = warnings_of(self.cfg)
+        if not self.cfg.dataset.validation_fraction:
             notes.append(
                 f"dataset.validation_fraction is 0: {_VALIDATION_FRACTION:g} of the training data is set aside to "
                 "score the trials on; best.yaml trains on all of it"
@@ -109,22 +103,18 @@ class Search:
     @property
     def epochs(self) -> int:
         """The most epochs that a trial trains."""
-        return self._highest("training.epochs") or self.given.training.epochs
-
-    def space(self) -> dict[str, BaseDistribution]:
-        """Optuna's distributions by the names under which trials are stored."""
-        return {stored_key(key): _distribution(dimension) for key, dimension in self.dimensions.items()}
+        return self._highest("training.epochs") or self.cfg.training.epochs
 
     def trial_config(self, number: int, values: dict[str, Any]) -> RunConfig:
-        """The run config of a trial; UserError where its values do not go together."""
-        return with_values(self.base, values | {"run_id": _trial_id(number)})
+        """The run config of a trial; UserError if its values contradict each other."""
+        return with_values(self.base, values | {"run_id": f"trial-{number:04d}"})
 
-    def largest(self) -> list[RunConfig]:
-        """Configs with the highest rank that the space allows, for the lanes to have room for all."""
-        most = {key: high for key in _RANK_KEYS if (high := self._highest(key)) is not None}
+    def largest_configs(self) -> list[RunConfig]:
+        """Configs with the highest rank that the space allows: lanes sized for them can hold every trial."""
+        highest = {key: high for key in _RANK_KEYS if (high := self._highest(key)) is not None}
         first = {key: d.low if d.choices is None else d.choices[0] for key, d in self.dimensions.items()}
         found = []
-        for values in (most, first | most):
+        for values in (highest, first | highest):
             with contextlib.suppress(UserError):
                 found.append(with_values(self.base, values))
         return found
@@ -136,7 +126,7 @@ class Search:
         return max((v for v in dimension.choices or [dimension.high] if v is not None), default=None)
 
     def identity(self, data_fingerprint: str) -> dict[str, dict[str, Any]]:
-        """What a study is a study of, by name: two with the same are one, and their trials compare."""
+        """What decides the scores of all trials, by name: two searches with the same identity share one study."""
         cfg = with_stored_names(self.base.model_dump(mode="json")) | {"method": self.base.method_name}
         keys = [key for key in LEAVES if in_fingerprint(key) and key not in self.dimensions]
         return {
@@ -147,37 +137,3 @@ class Search:
             "optuna": {"direction": self.optuna.direction, "seeds": self.seeds},
             "data": {"texts, labels or splits": data_fingerprint},
         }
-
-    def shared_study(self) -> SharedStudy:
-        return SharedStudy(
-            storage_url(self.storage), self.given.run_id, self.optuna.direction, self._sampler, self._pruner()
-        )
-
-    def _sampler(self, number: int) -> BaseSampler:
-        seed = derive(self.given.training.seed, f"trial {number}") % 2**32
-        if self.optuna.sampler == "random":
-            return optuna.samplers.RandomSampler(seed=seed)
-        startup = max(1, min(_STARTUP_TRIALS, self.optuna.n_trials // 3))
-        # constant_liar: running trials count as bad ones, so that two at once do not try the same.
-        return optuna.samplers.TPESampler(seed=seed, n_startup_trials=startup, constant_liar=True)
-
-    def _pruner(self) -> BasePruner:
-        if self.optuna.pruner == "median":
-            return optuna.pruners.MedianPruner()
-        if self.optuna.pruner == "hyperband":
-            return optuna.pruners.HyperbandPruner(min_resource=1, max_resource=self.epochs, reduction_factor=3)
-        return optuna.pruners.NopPruner()
-
-
-def _trial_id(number: int) -> str:
-    return f"trial-{number:04d}"
-
-
-def _distribution(dimension: Dimension) -> BaseDistribution:
-    if dimension.type == "categorical":
-        return CategoricalDistribution(dimension.choices or [])
-    low, high, step = dimension.low, dimension.high, dimension.step
-    assert low is not None and high is not None
-    if dimension.type == "int":
-        return IntDistribution(int(low), int(high), step=int(step or 1))
-    return FloatDistribution(low, high, log=dimension.type == "loguniform", step=step)

@@ -1,23 +1,22 @@
-"""TODO"""
+"""A worker of a search: it claims trials, trains them, and reports their scores to the shared study."""
 
 from __future__ import annotations
 
 import contextlib
-import signal
 import statistics
-import threading
 import time
-from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
 from optuna.trial import Trial, TrialState
 
-from fwlora_lab.config.schema import RunConfig
-from fwlora_lab.data.load import load_task
+from fwlora_lab.display.search_progress import SECONDS_BETWEEN_UPDATES, SearchProgress
 from fwlora_lab.errors import UserError
-from fwlora_lab.search.spec import Search
-from fwlora_lab.search.trials import GRACE_SECONDS, SharedStudy, params_of
-from fwlora_lab.search.watch import SECONDS_BETWEEN_LOOKS, SearchWatch
+from fwlora_lab.search.interrupts import Interrupts
+from fwlora_lab.search.samplers import distributions
+from fwlora_lab.search.session import SearchSession, open_session
+from fwlora_lab.search.spec import SearchSpec
+from fwlora_lab.search.storage import GRACE_SECONDS
+from fwlora_lab.search.trials import params_of
 from fwlora_lab.training.events import Evaluated, Event, Note, RunFailed, RunFinished, RunRefused, StepDone, StopRun
 from fwlora_lab.training.jobs import RunSpec
 from fwlora_lab.training.scheduler import train_on_demand
@@ -25,172 +24,135 @@ from fwlora_lab.training.scheduler import train_on_demand
 
 @dataclass
 class RunningTrial:
-    """A trial in training here: what its seeds have reached."""
+    """A trial that this worker trains: the results of its seeds so far."""
 
     trial: Trial
     epochs: int
     reports: dict[int, dict[int, float]] = field(default_factory=dict)  # epoch -> seed -> metric
-    scores: dict[int, float] = field(default_factory=dict)
-    share: dict[int, float] = field(default_factory=dict)  # seed -> part of the run that is done
+    scores: dict[int, float] = field(default_factory=dict)  # seed -> metric after the last epoch
+    fractions_done: dict[int, float] = field(default_factory=dict)  # seed -> part of the run's steps
 
 
 class TrialWorker:
-    """Draws trials, trains them, tells the study what became of them."""
+    """Claims trials of a session's study and trains them, several at once, until none is left."""
 
-    def __init__(self, search: Search, shared: SharedStudy, metric: str, watch: SearchWatch, stop: Interrupts) -> None:
-        self.search, self.shared, self.metric, self.watch, self.stop = search, shared, metric, watch, stop
+    def __init__(self, session: SearchSession, progress: SearchProgress, interrupts: Interrupts) -> None:
+        self.spec, self.study, self.metric = session.spec, session.study, session.metric
+        self.resources = session.resources
+        self.progress, self.interrupts = progress, interrupts
         self.running: dict[str, RunningTrial] = {}
-        self.queue: list[RunSpec] = []
-        self.space = search.space()
-        self.look_again = 0.0
+        self.queue: list[RunSpec] = []  # runs of claimed trials that are not in training yet
+        self.space = distributions(session.spec)
+        self.next_claim = 0.0
 
     def work(self) -> None:
-        """Train trials until the study is over or somebody stops it; what is unfinished then is handed back."""
+        """Train trials until all are finished or the user stops; unfinished ones are requeued then."""
         try:
-            with self.shared.heartbeat():
-                room = [RunSpec(cfg, self.search.seeds[0]) for cfg in self.search.largest()]
-                train_on_demand(self.draw, self.hear, room, self.search.n_jobs * len(self.search.seeds))
+            with self.study.heartbeat.running():
+                largest = [RunSpec(cfg, self.spec.seeds[0]) for cfg in self.spec.largest_configs()]
+                max_concurrent = self.spec.max_concurrent * len(self.spec.seeds)
+                train_on_demand(self.next_run, self.on_event, largest, max_concurrent, resources=self.resources)
         except BaseException:
-            with self.stop.held():
+            with self.interrupts.deferred():
                 for running in self.running.values():
-                    with contextlib.suppress(UserError):  # the storage may be the trouble: its heartbeat ends too
-                        self.shared.hand_back(running.trial)
+                    # If the storage itself fails, the missing heartbeats make another worker retry the trial.
+                    with contextlib.suppress(UserError):
+                        self.study.requeue(running.trial)
             raise
 
-    def draw(self) -> RunSpec | None:
-        """The next run to train here; waits while the only trials left are those of other workers."""
+    def next_run(self) -> RunSpec | None:
+        """The next run to train here; waits while the only unfinished trials are those of other workers."""
         while not self.queue:
-            if self.stop.asked or len(self.running) >= self.search.n_jobs:
+            if self.interrupts.stop_requested or len(self.running) >= self.spec.max_concurrent:
                 return None
-            if self.running and time.monotonic() < self.look_again:
+            if self.running and time.monotonic() < self.next_claim:
                 return None
-            with self.stop.held():
-                trial = self.shared.claim(self.search.optuna.n_trials, self.space)
+            with self.interrupts.deferred():
+                trial = self.study.claim(self.spec.optuna.n_trials, self.space)
                 if trial is not None:
-                    self._plan(trial)
+                    self._enqueue(trial)
             if trial is not None:
                 continue
             if self.running:
-                self.look_again = time.monotonic() + SECONDS_BETWEEN_LOOKS
+                self.next_claim = time.monotonic() + SECONDS_BETWEEN_UPDATES
                 return None
-            if not any(t.state == TrialState.RUNNING for t in self.shared.trials()):
+            if not any(t.state == TrialState.RUNNING for t in self.study.trials()):
                 return None
-            # They may finish, or their worker may turn out to be dead.
-            self.watch.look(waiting=True)
-            time.sleep(SECONDS_BETWEEN_LOOKS)
+            # The trials of other workers may finish, or their worker may be dead and its trials free again.
+            self.progress.update(waiting=True)
+            time.sleep(SECONDS_BETWEEN_UPDATES)
         return self.queue.pop(0)
 
-    def _plan(self, trial: Trial) -> None:
+    def _enqueue(self, trial: Trial) -> None:
         try:
-            cfg = self.search.trial_config(trial.number, params_of(trial))
+            cfg = self.spec.trial_config(trial.number, params_of(trial))
         except UserError as error:
-            self._over(self.shared.fail(trial, str(error)), trial)
+            self._show_end(trial, self.study.fail(trial, str(error)))
             return
         self.running[cfg.run_id] = RunningTrial(trial, cfg.training.epochs)
-        self.queue += [RunSpec(cfg, seed) for seed in self.search.seeds]
+        self.queue += [RunSpec(cfg, seed) for seed in self.spec.seeds]
 
-    def hear(self, event: Event) -> None:
-        """A listener for `train_drawn`."""
+    def on_event(self, event: Event) -> None:
+        """The callback for `train_on_demand`."""
         if isinstance(event, Note):
-            self.watch.note(event.text)
+            self.progress.note(event.text)
             return
         running = self.running.get(event.run_id)
-        if running is None:  # another seed of a trial that is over
+        if running is None:  # the trial has ended, but this seed of it is still in training
             if isinstance(event, Evaluated):
                 raise StopRun
             return
         match event:
             case StepDone():
-                running.share[event.seed] = event.step / event.total
-                self.watch.look(self._part())
+                running.fractions_done[event.seed] = event.step / event.total
+                self.progress.update(self._fraction_done())
             case Evaluated():
-                self._evaluated(running, event)
+                self._report_epoch(running, event)
             case RunFinished():
                 running.scores[event.seed] = event.record.metrics[self.metric]
-                if len(running.scores) == len(self.search.seeds):
-                    scores = [running.scores[seed] for seed in self.search.seeds]
-                    self._end(event, self.shared.finish(running.trial, statistics.fmean(scores), scores))
+                if len(running.scores) == len(self.spec.seeds):
+                    scores = [running.scores[seed] for seed in self.spec.seeds]
+                    self._end(event, self.study.finish(running.trial, statistics.fmean(scores), scores))
             case RunFailed():
                 assert event.record.error is not None
-                self._end(event, self.shared.fail(running.trial, event.record.error.message))
+                self._end(event, self.study.fail(running.trial, event.record.error.message))
             case RunRefused():
-                self._end(event, self.shared.fail(running.trial, event.reason))
+                self._end(event, self.study.fail(running.trial, event.reason))
 
-    def _evaluated(self, running: RunningTrial, event: Evaluated) -> None:
-        """Report the mean over the seeds, as soon as all of them have come to this epoch."""
+    def _report_epoch(self, running: RunningTrial, event: Evaluated) -> None:
+        """Report the mean over the seeds once all of them have finished this epoch."""
         values = running.reports.setdefault(event.epoch, {})
         values[event.seed] = event.metrics[self.metric]
-        if len(values) < len(self.search.seeds):
+        if len(values) < len(self.spec.seeds):
             return
-        if not self.shared.report(running.trial, statistics.fmean(values.values()), event.epoch):
+        if not self.study.report(running.trial, statistics.fmean(values.values()), event.epoch):
             self._end(event, ours=False)
             raise StopRun
-        if event.epoch < running.epochs and self.shared.should_prune(running.trial):
-            self._end(event, self.shared.prune(running.trial))
+        if event.epoch < running.epochs and self.study.should_prune(running.trial):
+            self._end(event, self.study.prune(running.trial))
             raise StopRun
 
     def _end(self, event: Event, ours: bool) -> None:
         running = self.running.pop(event.run_id)
         self.queue = [run for run in self.queue if run.cfg.run_id != event.run_id]
-        self._over(ours, running.trial)
+        self._show_end(running.trial, ours)
 
-    def _over(self, ours: bool, trial: Trial) -> None:
+    def _show_end(self, trial: Trial, ours: bool) -> None:
         if not ours:
-            self.watch.note(
-                f"trial {trial.number}: its worker was silent for {GRACE_SECONDS} s, so that another one tries it again"
+            self.progress.note(
+                f"trial {trial.number}: its worker sent no heartbeat for {GRACE_SECONDS} s, so another worker tries "
+                "the trial again"
             )
-        self.watch.look(self._part(), at_once=True)
+        self.progress.update(self._fraction_done(), force=True)
 
-    def _part(self) -> float:
-        """The trials in training here, in whole trials."""
-        return sum(sum(r.share.values()) for r in self.running.values()) / len(self.search.seeds)
-
-
-class Interrupts:
-    """Ctrl-C: the first asks the worker to finish its trials, the second stops it at once, or once `held` is over."""
-
-    def __init__(self, say: Callable[[str], object]) -> None:
-        self.asked = False
-        self._again, self._holders = False, 0
-        self._say = say
-
-    def __enter__(self) -> Interrupts:
-        self._main = threading.current_thread() is threading.main_thread()
-        if self._main:
-            self._before = signal.signal(signal.SIGINT, self._hear)
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        if self._main:
-            signal.signal(signal.SIGINT, self._before)
-
-    def _hear(self, *_: object) -> None:
-        if self.asked:
-            self._again = True
-            if not self._holders:
-                raise KeyboardInterrupt
-            return
-        self.asked = True
-        self._say("Ctrl-C: the running trials are finished first; once more stops at once")
-
-    @contextlib.contextmanager
-    def held(self) -> Iterator[None]:
-        """Around what must not be cut in two: a trial that is taken in the storage and known to nobody here."""
-        self._holders += 1
-        try:
-            yield
-        finally:
-            self._holders -= 1
-            if self._again and not self._holders:
-                raise KeyboardInterrupt
+    def _fraction_done(self) -> float:
+        """The parts done of the trials in training here, in whole trials."""
+        return sum(sum(r.fractions_done.values()) for r in self.running.values()) / len(self.spec.seeds)
 
 
-def run_worker(config: str) -> None:
-    """One of several workers, in a process of its own; what it does is shown by the one that watches the study."""
-    search = Search.of(RunConfig.model_validate_json(config))
-    data = load_task(search.base.dataset)
-    shared = search.shared_study()
-    shared.bind(search.identity(data.fingerprint))
-    watch = SearchWatch(shared, search, None, silent=True)
-    with Interrupts(watch.note) as stop:
-        TrialWorker(search, shared, data.spec.primary, watch, stop).work()
+def run_worker(spec: SearchSpec) -> None:
+    """One of several workers, in a process of its own; the process that started it shows the progress."""
+    session = open_session(spec)
+    progress = SearchProgress(spec.cfg.run_id, spec.optuna.n_trials, session.status, quiet=True)
+    with Interrupts(progress.note) as interrupts:
+        TrialWorker(session, progress, interrupts).work()

@@ -1,29 +1,36 @@
-"""TODO"""
+"""The dry run of a study: what of it is complete, what is left to do, and about how long that takes."""
 
 from __future__ import annotations
 
 import tempfile
+import textwrap
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
+from fwlora_lab.config.checks import check_warmup
 from fwlora_lab.config.schema import RunConfig, warmup_length
 from fwlora_lab.config.validation import with_values
-from fwlora_lab.data.load import load_task
+from fwlora_lab.display.width import shorten
 from fwlora_lab.errors import UserError
-from fwlora_lab.records.folder import status_of
-from fwlora_lab.search.trials import is_counted
+from fwlora_lab.search.session import open_study
+from fwlora_lab.search.trials import finished
+from fwlora_lab.study.inventory import take_inventory
 from fwlora_lab.study.plan import PlannedCell, PlannedStudy
 from fwlora_lab.study.run import tune_cell
-from fwlora_lab.training.jobs import RunSpec
+from fwlora_lab.training.device import pick_device
+from fwlora_lab.training.jobs import RunSpec, examples_per_step, steps_per_epoch
+from fwlora_lab.training.resources import ResourceCache
 from fwlora_lab.training.scheduler import train_runs
 
+_MAX_NAME_WIDTH = 37
 _PROBE_STEPS = 12
+_PROBE_WARMUP = 0.5  # FW-LoRA's two phases get half of the probe's steps each
 
 
 @dataclass(frozen=True)
 class Estimate:
-    """What of a cell is there, what is to do, and about how many seconds that takes one process."""
+    """A cell's runs that are complete, its runs and trials to do, and about how many seconds they take one process."""
 
     cell: PlannedCell
     done: int
@@ -32,56 +39,72 @@ class Estimate:
     seconds: float
 
 
-def estimate(plan: PlannedStudy) -> Iterator[Estimate]:
+def estimate(plan: PlannedStudy, resources: ResourceCache | None = None) -> Iterator[Estimate]:
     """Each cell in turn, its seconds from a few real steps; writes nothing in the results folder."""
+    resources = resources or ResourceCache(pick_device())
+    trials = {cell.cfg.run_id: _missing_trials(cell) for cell in plan.cells}
+    # Tuned values are part of a run's config: complete runs can be told only when the tuning is finished.
+    ready = [tune_cell(cell, resources) for cell in plan.cells if not trials[cell.cfg.run_id]]
+    inventory = take_inventory(ready, plan.seeds, resources)
     for cell in plan.cells:
-        task = load_task(cell.cfg.dataset)
-        done = sum(status_of(cell.cfg, seed, None) == "complete" for seed in plan.seeds) if cell.search is None else 0
-        trials = 0
-        if cell.search is not None:
-            # Tuned values are part of a run's config: what is there counts once the tuning is through.
-            path = cell.search.folder / "study.db"
-            finished = 0
-            if path.exists():
-                shared = cell.search.shared_study()
-                finished = sum(t.state.is_finished() and is_counted(t) for t in shared.trials())
-                if finished >= cell.search.optuna.n_trials:
-                    tuned = tune_cell(cell, 1)
-                    done = sum(status_of(tuned.cfg, seed, task.fingerprint) == "complete" for seed in plan.seeds)
-            trials = max(0, cell.search.optuna.n_trials - finished)
-        runs = len(plan.seeds) - done
+        missing, to_tune = inventory.missing(cell, plan.seeds), trials[cell.cfg.run_id]
         seconds = 0.0
-        if runs or trials:
-            seconds = (runs + trials) * _seconds_of_a_run(cell.cfg, len(task.train), plan.seeds[0])
-        yield Estimate(cell, done, runs, trials, seconds)
+        if missing or to_tune:
+            seconds = (len(missing) + to_tune) * _seconds_of_a_run(cell.cfg, plan.seeds[0], resources)
+        yield Estimate(cell, len(plan.seeds) - len(missing), len(missing), to_tune, seconds)
 
 
-def _seconds_of_a_run(cfg: RunConfig, examples: int, seed: int) -> float:
-    """From the same run over a few batches, alone: on a CPU neighbours hardly change its share, on a GPU it is less."""
-    training = cfg.training
-    per_step = training.batch_size * training.gradient_accumulation_steps
-    steps = -(-examples // per_step) * training.epochs
-    few = min(examples, _PROBE_STEPS * per_step)
+def dry_run_lines(plan: PlannedStudy) -> Iterator[str]:
+    """The estimates as a table that fits 80 columns, each line as soon as its cell is measured."""
+    name_width = min(max(len(cell.name) for cell in plan.cells), _MAX_NAME_WIDTH)
+    columns = f"{{:{name_width}}}  {{:>8}}  {{:>9}}  {{:>11}}  {{:>7}}"
+    yield columns.format("cell", "complete", "runs left", "trials left", "minutes")
+    total = 0.0
+    for row in estimate(plan):
+        name = shorten(row.cell.name, name_width)
+        yield columns.format(name, row.done, row.runs, row.trials, f"{row.seconds / 60:.1f}")
+        total += row.seconds
+    seeds = ", ".join(map(str, plan.seeds))
+    yield from textwrap.wrap(f"about {total / 60:.0f} minutes in one process, seeds {seeds}; nothing was trained", 80)
+
+
+def _missing_trials(cell: PlannedCell) -> int:
+    """How many trials the tuning of this cell has yet to train; a study that does not exist is not made."""
+    if cell.search is None:
+        return 0
+    n_trials = cell.search.optuna.n_trials
+    if not (cell.search.folder / "study.db").exists():
+        return n_trials
+    return max(0, n_trials - len(finished(open_study(cell.search).trials())))
+
+
+def _seconds_of_a_run(cfg: RunConfig, seed: int, resources: ResourceCache) -> float:
+    """From the same run over a few batches, alone.
+
+    On a CPU, runs that train at the same time hardly change each other's time per run; on a GPU it gets less.
+    """
+    examples = len(resources.task(cfg.dataset).train)
+    steps = steps_per_epoch(cfg, examples) * cfg.training.epochs
+    changes: dict[str, Any] = {
+        "dataset.train_examples": max(min(examples, _PROBE_STEPS * examples_per_step(cfg)), 2),
+        "training.epochs": 1,
+        "training.save_adapter": False,
+    }
+    warmup = 0
+    if cfg.method_name == "fw_lora":
+        check_warmup(cfg, steps, examples)
+        warmup = warmup_length(cfg.fw_lora.warmup_steps, steps)
+        changes |= {"fw_lora.warmup_steps": _PROBE_WARMUP, "fw_lora.fisher_start": 0}
     with tempfile.TemporaryDirectory() as folder:
-        changes: dict[str, Any] = {
-            "results_dir": folder,
-            "dataset.train_examples": max(few, 2),
-            "training.epochs": 1,
-            "training.save_adapter": False,
-        }
-        fisher = 0
-        if cfg.method_name == "fw_lora":
-            fisher = warmup_length(cfg.fw_lora.warmup_steps, steps)
-            changes |= {"fw_lora.warmup_steps": 0.5, "fw_lora.fisher_start": 0}
-        probe = with_values(cfg, changes)
-        (record,) = train_runs([RunSpec(probe, seed)])
+        probe = with_values(cfg, changes | {"results_dir": folder})
+        (record,) = train_runs([RunSpec(probe, seed)], resources=resources)
     if record.times is None or record.error is not None:
         message = record.error.message if record.error else "no time was recorded"
         raise UserError(f"{cfg.run_id}: the probe failed: {message}")
     times = record.times
-    of_fisher = round(0.5 * record.steps) if fisher else 0
-    seconds = times.eval_seconds * training.epochs
-    seconds += times.steady_seconds / max(1, record.steps - of_fisher) * (steps - fisher)
-    if of_fisher:
-        seconds += times.warmup_seconds / of_fisher * fisher
+    probe_warmup = round(_PROBE_WARMUP * record.steps) if warmup else 0
+    seconds = times.eval_seconds * cfg.training.epochs
+    seconds += times.steady_seconds / max(1, record.steps - probe_warmup) * (steps - warmup)
+    if probe_warmup:
+        seconds += times.warmup_seconds / probe_warmup * warmup
     return seconds

@@ -1,4 +1,4 @@
-"""TODO"""
+"""What a study consists of: from the words of the command to a checked run config for every cell."""
 
 from __future__ import annotations
 
@@ -12,22 +12,31 @@ from pydantic import ValidationError
 from fwlora_lab.analysis.claims import Claim, read_claims, request_claims
 from fwlora_lab.config.load import load_run
 from fwlora_lab.config.schema import RunConfig
+from fwlora_lab.config.tree import available_studies
 from fwlora_lab.config.validation import with_values
 from fwlora_lab.errors import UserError
 from fwlora_lab.records.study_plan import StudyCell, StudyPlan
-from fwlora_lab.search.spec import Search
+from fwlora_lab.search.spec import SearchSpec
 from fwlora_lab.seeds import parse_seeds
-from fwlora_lab.study.spec import Selection, StudySpec, available_studies, load_study
+from fwlora_lab.study.spec import Selection, StudySpec, load_study
 from fwlora_lab.text import did_you_mean
 from fwlora_lab.training.jobs import RunSpec
 
-_SELECTION_WORDS = ("selection.policy", "selection.n_trials")
-_OWN = ("run_id", "results_dir", "model.parameter_budget_percent", "training.evaluate_on")
+_ARGUMENTS = ("study", "seeds", "tasks", "methods", "budgets", "selection.policy", "selection.n_trials")
+_SET_BY_THE_STUDY = ("run_id", "model.parameter_budget_percent", "training.evaluate_on")
 
 
 @dataclass(frozen=True)
 class StudyRequest:
-    """A study as it was asked for: `words` are overrides of every run's config; None takes the study's own."""
+    """A study as a user asks for it; None takes the value of the study's file.
+
+    Attributes:
+        study: a packaged study's name, or a .yaml file.
+        seeds: training seeds such as `0..9` or `1,5`.
+        tasks, methods, budgets: a part of the study's; budgets in percent of the backbone's parameters.
+        policy, n_trials: the study's `selection.policy` and `selection.n_trials`.
+        overrides: Hydra's overrides of every run's config, such as `training.epochs=1`.
+    """
 
     study: str
     seeds: str | None = None
@@ -36,56 +45,56 @@ class StudyRequest:
     budgets: tuple[float, ...] | None = None
     policy: str | None = None
     n_trials: int | None = None
-    words: tuple[str, ...] = ()
+    overrides: tuple[str, ...] = ()
 
     def command(self) -> str:
-        """What asks for the same again, seeds left out."""
-        own = {
+        """The command that asks for the same study, without its seeds."""
+        chosen = {
             "tasks": ",".join(self.tasks or ()),
             "methods": ",".join(self.methods or ()),
             "budgets": ",".join(f"{b:g}" for b in self.budgets or ()),
             "selection.policy": self.policy or "",
             "selection.n_trials": str(self.n_trials or ""),
         }
-        words = [f"study={self.study}", *(f"{key}={value}" for key, value in own.items() if value), *self.words]
-        return f"fwlora compare {shlex.join(words)}"
+        arguments = [f"{key}={value}" for key, value in chosen.items() if value]
+        return f"fwlora compare {shlex.join([f'study={self.study}', *arguments, *self.overrides])}"
 
 
-def read_words(words: Sequence[str]) -> StudyRequest:
-    """The words of the command: those of the study's own, the rest are overrides of every run's config."""
-    own: dict[str, str] = {}
-    rest = []
-    for word in words:
-        key, sign, value = word.partition("=")
-        if not sign or key not in ("study", "seeds", "tasks", "methods", "budgets", *_SELECTION_WORDS):
-            rest.append(word)
-        elif key in own:
-            raise UserError(f"{key}= stands twice: give it once.")
+def parse_request(arguments: Sequence[str]) -> StudyRequest:
+    """The request in the command's arguments; what is not a study's own argument overrides every run's config."""
+    chosen: dict[str, str] = {}
+    overrides = []
+    for argument in arguments:
+        key, sign, value = argument.partition("=")
+        if not sign or key not in _ARGUMENTS:
+            overrides.append(argument)
+        elif key in chosen:
+            raise UserError(f"{key}= is given twice: give it once.")
         elif not value:
             raise UserError(f"{key}= is empty: give a value, or leave it out.")
         else:
-            own[key] = value
-    if "study" not in own:
+            chosen[key] = value
+    if "study" not in chosen:
         raise UserError(f"say which study: study=NAME, one of {', '.join(available_studies())}, or a .yaml file.")
     try:
-        budgets = tuple(float(b) for b in own["budgets"].split(",")) if "budgets" in own else None
+        budgets = tuple(float(b) for b in chosen["budgets"].split(",")) if "budgets" in chosen else None
     except ValueError:
-        raise UserError(f"budgets={own['budgets']}: write percents such as budgets=0.1,0.2,0.5") from None
-    trials = own.get("selection.n_trials")
-    if trials is not None and not (trials.isdecimal() and int(trials) > 0):
-        raise UserError(f"selection.n_trials={trials}: must be a whole number from 1 on.")
-    policy = own.get("selection.policy")
+        raise UserError(f"budgets={chosen['budgets']}: write percents such as budgets=0.1,0.2,0.5") from None
+    n_trials = chosen.get("selection.n_trials")
+    if n_trials is not None and not (n_trials.isdecimal() and int(n_trials) > 0):
+        raise UserError(f"selection.n_trials={n_trials}: must be a whole number from 1 on.")
+    policy = chosen.get("selection.policy")
     if policy not in (None, "fixed", "tuned"):
         raise UserError(f"selection.policy={policy}: must be fixed or tuned.")
     return StudyRequest(
-        study=own["study"],
-        seeds=own.get("seeds"),
-        tasks=_names(own.get("tasks")),
-        methods=_names(own.get("methods")),
+        study=chosen["study"],
+        seeds=chosen.get("seeds"),
+        tasks=_names(chosen.get("tasks")),
+        methods=_names(chosen.get("methods")),
         budgets=budgets,
         policy=policy,
-        n_trials=int(trials) if trials else None,
-        words=tuple(rest),
+        n_trials=int(n_trials) if n_trials else None,
+        overrides=tuple(overrides),
     )
 
 
@@ -95,19 +104,26 @@ def _names(text: str | None) -> tuple[str, ...] | None:
 
 @dataclass(frozen=True)
 class PlannedCell:
-    """One method on one task at one budget: its runs but for their seeds."""
+    """One method on one task at one budget: a run for each seed.
+
+    Attributes:
+        budget: percent of the backbone's parameters.
+        cfg: the config of the cell's runs, apart from their seeds.
+        search: how the cell is tuned; None if its hyper-parameters are those of the config.
+    """
 
     task: str
     budget: float
     method: str
     cfg: RunConfig
-    search: Search | None
+    search: SearchSpec | None
 
     def runs(self, seeds: Sequence[int]) -> list[RunSpec]:
         return [RunSpec(self.cfg, seed) for seed in seeds]
 
     @property
     def name(self) -> str:
+        """The cell as it is shown, such as `cola 0.2 % fw_lora`."""
         return f"{self.task} {self.budget:g} % {self.method}"
 
 
@@ -123,6 +139,7 @@ class PlannedStudy:
     results_dir: Path
 
     def as_record(self) -> StudyPlan:
+        """The plan as it is written to study.json."""
         methods = dict.fromkeys(cell.method for cell in self.cells)
         return StudyPlan(
             study=Path(self.request.study).stem,
@@ -144,38 +161,45 @@ def plan_study(request: StudyRequest) -> PlannedStudy:
     """Every run of the study, checked.
 
     Raises:
-        UserError: no such study, task, method or budget; a run whose config is not valid; a claim about what the study
-            does not have; or a seed that the tuning uses.
+        UserError: the study, a task, a method or a budget does not exist; a run's config is not valid; a claim is about
+            something that the study does not have; or one of the seeds is used for tuning.
     """
-    study = load_study(request.study)
-    changes = {k: v for k, v in (("policy", request.policy), ("n_trials", request.n_trials)) if v is not None}
+    study = _with_selection(load_study(request.study), request)
+    seeds = parse_seeds(request.seeds or study.seeds)
+    if study.selection.policy == "tuned" and study.selection.seed in seeds:
+        raise UserError(
+            f"seeds: {study.selection.seed} is the seed that hyper-parameters are tuned with: leave it out, "
+            "so that every compared run is fresh"
+        )
+    for override in request.overrides:
+        if (key := override.partition("=")[0].lstrip("+~")) in _SET_BY_THE_STUDY:
+            raise UserError(f"override `{override}`: {key} is set by the study itself; leave it out")
+    name = Path(request.study).stem
+    folder = [override for override in request.overrides if override.startswith("results_dir=")]
+    overrides = [*request.overrides, *(folder or [f"results_dir=results/{name}"])]
+    cells = [
+        _cell(study, task, budget, method, overrides)
+        for task in _chosen("tasks", request.tasks, study.tasks)
+        for budget in request.budgets or study.budgets
+        for method in _chosen("methods", request.methods, study.methods)
+    ]
+    claims = request_claims() if study.claims == "request" else read_claims(study.claims, f"study {name}: claims")
+    _check_claims(name, study, claims)
+    return PlannedStudy(request, study, tuple(cells), tuple(seeds), claims, Path(cells[0].cfg.results_dir))
+
+
+def _with_selection(study: StudySpec, request: StudyRequest) -> StudySpec:
+    asked = {"policy": request.policy, "n_trials": request.n_trials}
+    changes = {key: value for key, value in asked.items() if value is not None}
     try:
         selection = Selection.model_validate(study.selection.model_dump(exclude_none=True) | changes)
     except ValidationError as error:
         raise UserError(f"selection: {error.errors()[0]['msg'].removeprefix('Value error, ')}") from None
-    study = study.model_copy(update={"selection": selection})
-    tasks = _chosen("tasks", request.tasks, study.tasks)
-    methods = _chosen("methods", request.methods, study.methods)
-    budgets = list(request.budgets or study.budgets)
-    seeds = parse_seeds(request.seeds or study.seeds)
-    if selection.policy == "tuned" and selection.seed in seeds:
-        raise UserError(
-            f"seeds: {selection.seed} is the seed that hyper-parameters are tuned with: leave it out, "
-            "so that every compared run is fresh"
-        )
-    for word in request.words:
-        if (key := word.partition("=")[0].lstrip("+~")) in _OWN and key != "results_dir":
-            raise UserError(f"override `{word}`: {key} is set by the study itself; leave it out")
-    name = Path(request.study).stem
-    results = [word for word in request.words if word.startswith("results_dir=")]
-    folder = results or [f"results_dir=results/{name}"]
-    cells = [
-        _cell(study, task, budget, method, [*request.words, *folder])
-        for task in tasks
-        for budget in budgets
-        for method in methods
-    ]
-    claims = request_claims() if study.claims == "request" else read_claims(study.claims, f"study {name}: claims")
+    return study.model_copy(update={"selection": selection})
+
+
+def _check_claims(name: str, study: StudySpec, claims: Sequence[Claim]) -> None:
+    """Refuse a claim about a task or method that the study does not have."""
     for claim in claims:
         for what, value, known in (
             ("task", claim.scope.task, study.tasks),
@@ -187,7 +211,6 @@ def plan_study(request: StudyRequest) -> PlannedStudy:
                     f"study {name}: claims: {what} {value!r} is none of the study's{did_you_mean(value, known)}: "
                     f"{', '.join(known)}"
                 )
-    return PlannedStudy(request, study, tuple(cells), tuple(seeds), claims, Path(cells[0].cfg.results_dir))
 
 
 def _chosen(what: str, asked: tuple[str, ...] | None, known: Mapping[str, object]) -> list[str]:
@@ -202,30 +225,29 @@ def _chosen(what: str, asked: tuple[str, ...] | None, known: Mapping[str, object
     return [name for name in known if name in asked]
 
 
-def _cell(study: StudySpec, task: str, budget: float, method: str, words: Sequence[str]) -> PlannedCell:
-    part, how = study.tasks[task], study.methods[method]
-    run_id = f"{task}-{budget:g}-{method}"
-    overrides = [
+def _cell(study: StudySpec, task: str, budget: float, method: str, overrides: Sequence[str]) -> PlannedCell:
+    task_part, method_part = study.tasks[task], study.methods[method]
+    own = [
         *study.set,
-        *part.set,
-        *how.set,
+        *task_part.set,
+        *method_part.set,
         "model.lora.rank=null",  # the budget decides
         "model.lora.alpha=null",
         f"model.parameter_budget_percent={float(budget)}",
-        f"run_id={run_id}",
+        f"run_id={task}-{budget:g}-{method}",
         "optuna=null",
     ]
-    cfg = load_run(study.base, [*overrides, *words])
+    cfg = load_run(study.base, [*own, *overrides])
     selection, search = study.selection, None
     if selection.policy == "tuned":
         block = {
-            "n_trials": part.n_trials or selection.n_trials,
+            "n_trials": task_part.n_trials or selection.n_trials,
             "sampler": selection.sampler,
             "pruner": selection.pruner,
             "search_space": {
                 name: dimension.model_dump(exclude_none=True)
-                for name, dimension in (selection.space | how.space).items()
+                for name, dimension in (selection.space | method_part.space).items()
             },
         }
-        search = Search.of(with_values(cfg, {"optuna": block, "training.seed": selection.seed}))
+        search = SearchSpec.of(with_values(cfg, {"optuna": block, "training.seed": selection.seed}))
     return PlannedCell(task, budget, method, cfg, search)

@@ -1,116 +1,104 @@
-"""Methods × budgets × tasks × seeds: what a study trains, in an order that makes its pairs comparable, resumable.
+"""Train a study: methods x budgets x tasks x seeds, in an order that makes its paired runs comparable.
 
-A study is the set of its records: it trains what is missing, leaves what is there, and refuses what was made with
-another config or other data. Cells are trained a few seeds at a time, one method after the other, so that a pair's
-two runs stand near each other in time, and every lane has a neighbour of its own method: their seconds compare.
+A study is the set of its records: it trains what is missing, keeps what is complete, and refuses what was made with
+another config or other data. Cells are trained a few seeds at a time, one method after the other. So the two runs of a
+pair are trained close together in time, and runs share the lane engine only with runs of their own method: their
+training times can be compared.
 
 results_dir/
-    study.json                        the plan, a `records.StudyPlan`
+    study.json                        the plan, a `records.study_plan.StudyPlan`
     <task>-<budget>-<method>/         the runs of a cell, as `train` writes them
     <task>-<budget>-<method>/search/  how its hyper-parameters were chosen, as `search` writes it
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import replace
-from pathlib import Path
 
 from fwlora_lab.config.validation import with_values
-from fwlora_lab.data.load import load_task
 from fwlora_lab.display.study_table import StudyTable
 from fwlora_lab.errors import UserError
-from fwlora_lab.records.folder import RunDir, differences, load_record, status_of
+from fwlora_lab.records.folder import load_record
 from fwlora_lab.records.record import Record
 from fwlora_lab.records.study_plan import write_plan
-from fwlora_lab.search.results import best_of
-from fwlora_lab.search.run import run_search
-from fwlora_lab.search.trials import is_counted, params_of
+from fwlora_lab.search.run import run_session
+from fwlora_lab.search.session import open_session
+from fwlora_lab.search.trials import params_of
+from fwlora_lab.study.inventory import Inventory, run_folder, take_inventory
 from fwlora_lab.study.plan import PlannedCell, PlannedStudy
 from fwlora_lab.study.workers import train_in_processes
+from fwlora_lab.training.device import pick_device
 from fwlora_lab.training.jobs import RunSpec
 from fwlora_lab.training.lane_trainer import max_lanes
+from fwlora_lab.training.resources import ResourceCache
 from fwlora_lab.training.scheduler import train_runs
 
 
-def run_study(plan: PlannedStudy, jobs: int = 1) -> list[Record]:
+def run_study(plan: PlannedStudy, workers: int = 1, resources: ResourceCache | None = None) -> list[Record]:
     """Tune where the study tunes, train what is missing, and return the records of all runs, in the plan's order.
 
-    `jobs` processes train at once. A run that fails is kept as failed and the others go on.
+    A run that fails is kept as failed and the others go on.
+
+    Args:
+        workers: how many processes train at once.
+        resources: data, tokens and backbones that this process has loaded already.
 
     Raises:
         UserError: a record with another config or other data is in the way, a worker died, a cell's trials all failed,
             or results cannot be written.
-        KeyboardInterrupt: what is finished is kept; the same call goes on.
+        KeyboardInterrupt: finished runs are kept; the same call continues.
     """
-    data = {cell.task: load_task(cell.cfg.dataset).fingerprint for cell in plan.cells}
-    write_plan(plan.results_dir, plan.as_record())
-    plan = replace(plan, cells=tuple(tune_cell(cell, jobs) for cell in plan.cells))
-    cohorts = _cohorts(plan, data)
-    board = StudyTable({cell.cfg.run_id: cell.name for cell in plan.cells}, plan.seeds, sum(len(c) for c in cohorts))
+    resources = resources or ResourceCache(pick_device())
     for cell in plan.cells:
-        for seed in plan.seeds:
-            if status_of(cell.cfg, seed, data[cell.task]) == "complete":
-                board.there(load_record(_folder(cell, seed)))
-    if cohorts:
-        with board.live():
-            if jobs == 1:
-                for cohort in cohorts:
-                    train_runs(cohort, board.hear)
+        resources.task(cell.cfg.dataset)  # faults in the data are reported before anything is written
+    write_plan(plan.results_dir, plan.as_record())
+    plan = replace(plan, cells=tuple(tune_cell(cell, resources, workers) for cell in plan.cells))
+    inventory = take_inventory(plan.cells, plan.seeds, resources)
+    inventory.refuse_conflicts()
+    batches = _batches_of_runs(plan, inventory, max_lanes())
+    names = {cell.cfg.run_id: cell.name for cell in plan.cells}
+    table = StudyTable(names, plan.seeds, sum(len(batch) for batch in batches))
+    for record in inventory.complete.values():
+        table.add_finished(record)
+    if batches:
+        with table.live():
+            if workers == 1:
+                for batch in batches:
+                    train_runs(batch, table.on_event, resources=resources)
             else:
-                train_in_processes(cohorts, min(jobs, len(cohorts)), board.hear)
-    return [load_record(_folder(cell, seed)) for cell in plan.cells for seed in plan.seeds]
+                train_in_processes(batches, min(workers, len(batches)), table.on_event)
+    return [load_record(run_folder(cell, seed)) for cell in plan.cells for seed in plan.seeds]
 
 
-def _folder(cell: PlannedCell, seed: int) -> Path:
-    return RunDir(cell.cfg.results_dir, cell.cfg.run_id, seed).path
+def _batches_of_runs(plan: PlannedStudy, inventory: Inventory, max_seeds: int) -> list[list[RunSpec]]:
+    """What is missing, in batches of one cell's runs: a few seeds of every method, then the next seeds."""
+    batches = []
+    for group in dict.fromkeys((cell.task, cell.budget) for cell in plan.cells):
+        cells = [cell for cell in plan.cells if (cell.task, cell.budget) == group]
+        for start in range(0, len(plan.seeds), max_seeds):
+            for cell in cells:
+                missing = inventory.missing(cell, plan.seeds[start : start + max_seeds])
+                if missing:
+                    batches.append(cell.runs(missing))
+    return batches
 
 
-def _cohorts(plan: PlannedStudy, data: Mapping[str, str]) -> list[list[RunSpec]]:
-    """What is missing, as cohorts of one cell's runs: a few seeds of every method, then the next seeds.
+def tune_cell(cell: PlannedCell, resources: ResourceCache, workers: int = 1) -> PlannedCell:
+    """The cell with the values of its best trial; a search that was stopped is continued first.
 
     Raises:
-        UserError: a finished run has another config or other data.
+        UserError: the stored study is one of another search, or none of the trials is complete.
     """
-    at_once = max_lanes()
-    groups = dict.fromkeys((cell.task, cell.budget) for cell in plan.cells)
-    cohorts = []
-    for group in groups:
-        cells = [cell for cell in plan.cells if (cell.task, cell.budget) == group]
-        for start in range(0, len(plan.seeds), at_once):
-            for cell in cells:
-                missing = []
-                for seed in plan.seeds[start : start + at_once]:
-                    status = status_of(cell.cfg, seed, data[cell.task])
-                    if status == "different":
-                        path = _folder(cell, seed)
-                        reasons = differences(cell.cfg, load_record(path), data[cell.task])
-                        raise UserError(
-                            f"{path} holds a finished run of another kind: {'; '.join(reasons)}. "
-                            "Set another results_dir, or delete that folder."
-                        )
-                    if status != "complete":
-                        missing.append(seed)
-                if missing:
-                    cohorts.append(cell.runs(missing))
-    return cohorts
-
-
-def tune_cell(cell: PlannedCell, jobs: int) -> PlannedCell:
-    """The cell with the best of its trials' values; its search goes on where it was stopped."""
-    search = cell.search
-    if search is None:
+    if cell.search is None:
         return cell
-    shared = search.shared_study()
-    shared.bind(search.identity(load_task(search.base.dataset).fingerprint))
-    done = sum(trial.state.is_finished() and is_counted(trial) for trial in shared.trials())
-    if done < search.optuna.n_trials:
-        print(f"tuning {cell.name}: {search.optuna.n_trials} trials", flush=True)
-        run_search(search.given, jobs)
-    best = best_of(shared.trials(), search.optuna.direction)
+    session = open_session(cell.search, resources)
+    if session.missing():
+        print(f"tuning {cell.name}: {cell.search.optuna.n_trials} trials", flush=True)
+        run_session(session, workers)
+    best = session.best()
     if best is None:
         raise UserError(
-            f"{cell.name}: none of its trials was completed, see {search.folder / 'trials.csv'}. "
-            "Delete that folder to search anew, or leave the method out with methods=."
+            f"{cell.name}: none of its trials was completed, see {cell.search.folder / 'trials.csv'}. "
+            "Delete that folder to search again, or leave the method out with methods=."
         )
     return replace(cell, cfg=with_values(cell.cfg, params_of(best)))

@@ -1,4 +1,4 @@
-"""TODO"""
+"""A study as its file describes it, and the packaged studies."""
 
 from __future__ import annotations
 
@@ -10,21 +10,32 @@ from pydantic import Field, ValidationError, model_validator
 from fwlora_lab.config.block import Block
 from fwlora_lab.config.issues import issues_of
 from fwlora_lab.config.schema import Dimension
-from fwlora_lab.config.tree import CONF
+from fwlora_lab.config.tree import CONF, available_studies
 from fwlora_lab.config.yaml_reader import read_file
 from fwlora_lab.errors import UserError
 from fwlora_lab.text import did_you_mean, listing
 
 
 class TaskPart(Block):
-    """Overrides that make the base run one on this task; `n_trials` where tuning is dearer or cheaper here."""
+    """What makes the base run one on this task.
+
+    Attributes:
+        set: overrides of the base run.
+        n_trials: replaces the selection's n_trials for a task on which tuning costs more or less.
+    """
 
     set: list[str] = []
     n_trials: Annotated[int, Field(ge=1)] | None = None
 
 
 class MethodPart(Block):
-    """Overrides that make the base run this method; `space`: what is searched besides, or in place of, all methods'."""
+    """What makes the base run one of this method.
+
+    Attributes:
+        about: the method in a few words, as the report describes it.
+        set: overrides of the base run.
+        space: added to the selection's space; a key of both is searched as it is given here.
+    """
 
     about: str
     set: list[str]
@@ -34,8 +45,11 @@ class MethodPart(Block):
 class Selection(Block):
     """How hyper-parameters are chosen.
 
-    fixed: they are those of the configs. tuned: each method gets `n_trials` trials on each task and budget, scored on a
-    part of the training data with training seed `seed`, which no run that is compared may have.
+    Attributes:
+        policy: `fixed` takes those of the configs. `tuned` gives each method `n_trials` trials on each task and budget,
+            scored on a part of the training data.
+        seed: the training seed of the trials, which no compared run may have.
+        space: what is searched for every method.
     """
 
     policy: Literal["fixed", "tuned"] = "fixed"
@@ -46,14 +60,23 @@ class Selection(Block):
     space: dict[str, Dimension] = {}
 
     @model_validator(mode="after")
-    def _has_a_space(self) -> Selection:
+    def _check_space(self) -> Selection:
         if self.policy == "tuned" and not self.space:
             raise ValueError("tuned needs a space, for example {learning_rate: {type: loguniform, low: …, high: …}}")
         return self
 
 
 class StudySpec(Block):
-    """A study as its file describes it; `base` is a run's id or file, `set` overrides for every run."""
+    """A study as its file describes it.
+
+    Attributes:
+        base: the id or file of the run config that all runs start from.
+        set: overrides of every run.
+        budgets: percent of the backbone's parameters.
+        seeds: training seeds such as `0..9`.
+        reference: the method that the others are compared with.
+        claims: what the report judges; `request` takes the claims of the written request.
+    """
 
     about: str
     base: str
@@ -67,20 +90,15 @@ class StudySpec(Block):
     claims: Literal["request"] | list[dict[str, Any]] = []
 
     @model_validator(mode="after")
-    def _names(self) -> StudySpec:
+    def _check_names(self) -> StudySpec:
         if self.reference not in self.methods:
-            raise ValueError(f"reference: {self.reference!r} is no method of the study: {', '.join(self.methods)}")
+            raise ValueError(f"reference: {self.reference!r} is not a method of the study: {', '.join(self.methods)}")
         for name in (*self.tasks, *self.methods):
             if not name.replace("_", "").replace("-", "").isalnum():
                 raise ValueError(f"{name!r} is part of a folder's name: use letters, digits, '_' and '-'")
         if len(set(self.budgets)) < len(self.budgets):
-            raise ValueError("budgets: one of them stands twice")
+            raise ValueError("budgets: one of them is given twice")
         return self
-
-
-def available_studies() -> list[str]:
-    """The names of the packaged studies."""
-    return sorted(path.stem for path in (CONF / "study").glob("*.yaml"))
 
 
 def load_study(name: str) -> StudySpec:
@@ -92,13 +110,13 @@ def load_study(name: str) -> StudySpec:
     else:
         known = available_studies()
         raise UserError(
-            f"there is no study {name!r}{did_you_mean(name, known)}: use one of {', '.join(known)}, or a .yaml file"
+            f"unknown study {name!r}{did_you_mean(name, known)}: use one of {', '.join(known)}, or a .yaml file"
         )
     file = read_file(path, "study", "about")
     try:
         study = StudySpec.model_validate(file.values)
-        beside = path.parent / study.base  # a base named by its file stands beside the study
-        return study.model_copy(update={"base": str(beside)}) if beside.is_file() else study
+        base_file = path.parent / study.base  # a file is named relative to the study's folder
+        return study.model_copy(update={"base": str(base_file)}) if base_file.is_file() else study
     except ValidationError as error:
         faults = []
         for issue in issues_of(error, file.values, lambda key: did_you_mean(key.rsplit(".", 1)[-1], _keys())):

@@ -1,62 +1,79 @@
-"""TODO"""
+"""Train a study's batches of runs in several processes, whose events reach the process that shows the progress."""
 
 from __future__ import annotations
 
 import multiprocessing
 import os
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass
 from typing import Any
 
 from fwlora_lab.config.schema import RunConfig
 from fwlora_lab.errors import UserError
-from fwlora_lab.training.events import Event
+from fwlora_lab.training.device import pick_device
+from fwlora_lab.training.events import EventCallback
 from fwlora_lab.training.jobs import RunSpec
 from fwlora_lab.training.launch import leave_with
+from fwlora_lab.training.resources import ResourceCache
 from fwlora_lab.training.scheduler import train_runs
 
-_events: Any = None  # a worker's way to tell the process that shows
+
+@dataclass(frozen=True)
+class Worker:
+    """What a worker process keeps from batch to batch: the queue for its events, and what it has loaded."""
+
+    events: Any  # a multiprocessing queue
+    resources: ResourceCache
 
 
-def _begin_worker(events: Any, threads: int, parent: int) -> None:
+_worker: Worker | None = None  # set once in each worker process
+
+
+def _start_worker(events: Any, threads: int, parent: int) -> None:
     import torch
 
-    global _events
-    _events = events
-    torch.set_num_threads(threads)
+    global _worker
     leave_with(parent)
+    torch.set_num_threads(threads)
+    _worker = Worker(events, ResourceCache(pick_device()))
 
 
-def _train_in_worker(cohort: Sequence[tuple[str, int]]) -> None:
-    runs = [RunSpec(RunConfig.model_validate_json(config), seed) for config, seed in cohort]
-    train_runs(runs, _events.put)
+def _train_in_worker(batch: Sequence[tuple[str, int]]) -> None:
+    assert _worker is not None
+    runs = [RunSpec(RunConfig.model_validate_json(config), seed) for config, seed in batch]
+    train_runs(runs, _worker.events.put, resources=_worker.resources)
 
 
-def train_in_processes(cohorts: Sequence[Sequence[RunSpec]], jobs: int, hear: Callable[[Event], object]) -> None:
-    """Train each cohort in one of `jobs` processes; the first error ends the others after their cohort."""
+def train_in_processes(batches: Sequence[Sequence[RunSpec]], workers: int, on_event: EventCallback) -> None:
+    """Train each batch in one of `workers` processes; after an error, batches that have not begun are left out.
+
+    Raises:
+        UserError: a worker process was killed, or a batch could not be trained.
+    """
     context = multiprocessing.get_context("spawn")
     events = context.Queue()
-    threads = max(1, (os.cpu_count() or 1) // jobs)
+    threads = max(1, (os.cpu_count() or 1) // workers)
 
-    def listen() -> None:
+    def forward_events() -> None:
         while (event := events.get()) is not None:
-            hear(event)
+            on_event(event)
 
-    listener = threading.Thread(target=listen, daemon=True)
-    listener.start()
-    pool = ProcessPoolExecutor(jobs, context, _begin_worker, (events, threads, os.getpid()))
+    forwarder = threading.Thread(target=forward_events, daemon=True)
+    forwarder.start()
+    pool = ProcessPoolExecutor(workers, context, _start_worker, (events, threads, os.getpid()))
     try:
-        plain = [[(run.cfg.model_dump_json(), run.seed) for run in cohort] for cohort in cohorts]
-        for future in as_completed([pool.submit(_train_in_worker, cohort) for cohort in plain]):
+        plain = [[(run.cfg.model_dump_json(), run.seed) for run in batch] for batch in batches]
+        for future in as_completed([pool.submit(_train_in_worker, batch) for batch in plain]):
             future.result()
     except BrokenProcessPool as error:
         raise UserError(
-            "a worker process was killed (out of memory?). What is finished is kept; the same command goes on; "
-            "a smaller --jobs needs less memory."
+            "a worker process was killed (out of memory?). Finished runs are kept; run the same command again to "
+            "continue. A smaller workers= needs less memory."
         ) from error
     finally:
         pool.shutdown(wait=True, cancel_futures=True)
         events.put(None)
-        listener.join(timeout=10)
+        forwarder.join(timeout=10)

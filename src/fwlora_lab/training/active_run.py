@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -56,6 +56,13 @@ class Clock:
         running = 0.0 if self._phase is None else time.perf_counter() - self._since
         return sum(self.seconds.values()) + running
 
+    def state_dict(self) -> dict[str, float]:
+        """Seconds by phase up to now, the running phase included."""
+        phase = self._phase
+        self.enter(None)
+        self.enter(phase)
+        return dict(self.seconds)
+
     def _now(self) -> float:
         if self._device.type == "cuda":
             torch.cuda.synchronize(self._device)
@@ -69,6 +76,8 @@ class ActiveRun:
     index: the run's number in the call; state: its adapters and head, there once an engine has started it;
     failure: why it ended early, if it did; stopped: the caller ended it.
     """
+
+    _COUNTED: ClassVar = ("started", "epoch", "position", "step", "epoch_loss", "examples", "tokens", "phase")
 
     index: int
     job: Job
@@ -167,18 +176,19 @@ class ActiveRun:
         """The books, for a checkpoint. Waits for the device."""
         if self._unread:
             self._read_losses()
-        names = ("epoch", "position", "step", "epoch_loss", "examples", "tokens", "phase")
         return {
-            **{name: getattr(self, name) for name in names},
+            **{name: getattr(self, name) for name in self._COUNTED},
             "epochs": [epoch.model_dump() for epoch in self.epochs],
-            "training_seconds": dict(self.training.seconds),
-            "evaluating_seconds": dict(self.evaluating.seconds),
+            "logits": None if self.logits is None else self.logits.copy(),
+            "training_seconds": self.training.state_dict(),
+            "evaluating_seconds": self.evaluating.state_dict(),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on where `state_dict` was taken."""
-        for name in ("epoch", "position", "step", "epoch_loss", "examples", "tokens", "phase"):
+        for name in self._COUNTED:
             setattr(self, name, state[name])
+        self.logits = state["logits"]
         self.epochs = [Epoch(**epoch) for epoch in state["epochs"]]
         self.training.seconds = dict(state["training_seconds"])
         self.evaluating.seconds = dict(state["evaluating_seconds"])

@@ -67,11 +67,12 @@ class LaneTrainer:
         model = self._resources.skeleton(job).with_head(derive(job.seed, "head"))
         run.state = new_state(job.cfg, job.backbone, model, job.plan, job.total_steps)
         settings = lane_settings(job.cfg, job.plan, job.total_steps)
-        self._lanes.admit(settings, run.state.adapters(), run.state.head())
         if _SHAPED[self.device.type]:
             epochs = range(job.cfg.training.epochs)
             batches = [batch for epoch in epochs for batch in job.epoch_batches(epoch)]
             self._shapes[run.index] = shape_of(job.train, batches)
+        # Nothing may fail between these two: a lane without a run would never be released.
+        self._lanes.admit(settings, run.state.adapters(), run.state.head())
         self._runs.append(run)
         if len(self._runs) == 1:
             self.capacity = self._lanes_that_fit(run)

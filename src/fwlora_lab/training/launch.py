@@ -17,9 +17,9 @@ _SETTINGS = "hydra.launcher."
 
 
 def leave_with(parent: int) -> None:
-    """End this process, a child of the process `parent`, as soon as that one is gone: a killed one can tell nobody.
+    """End this process, a child of the process `parent`, within a second after that one ended, however it ended.
 
-    A child that calls this when its parent is gone already ends at once.
+    A parent that is killed cannot end its children itself.
     """
 
     def watch() -> None:
@@ -46,29 +46,32 @@ class _Task:
         return self.work()
 
 
-def launch(work: Callable[[], Any], workers: int, words: Sequence[str], folder: Path) -> list[Any]:
-    """Call `work` in each of `workers` processes that the launcher starts, wait for all, and return what they return.
+def launch(work: Callable[[], Any], workers: int, overrides: Sequence[str], folder: Path) -> list[Any]:
+    """Call `work` in each of `workers` processes that a launcher starts, wait for all, and return their results.
 
-    `words` are `hydra/launcher=NAME` (joblib where there is none) and `hydra.launcher.KEY=VALUE`; the launcher's own
-    files go to `folder`. An exception in a worker is raised here. joblib's processes end with this one, however it
-    ends; a cluster's jobs are left to their scheduler.
+    An exception in a worker is raised here. joblib's processes end with this one, however it ends; a cluster's jobs are
+    left to their scheduler.
+
+    Args:
+        overrides: `hydra/launcher=NAME`, joblib by default, and `hydra.launcher.KEY=VALUE`.
+        folder: for the launcher's own files.
 
     Raises:
-        UserError: there is no such launcher, or one of its settings is wrong.
+        UserError: the launcher is unknown, or one of its settings is wrong.
     """
-    if any("_target_" in word or "${" in word for word in words):
+    if any("_target_" in override or "${" in override for override in overrides):
         raise UserError("hydra.launcher: _target_ and ${…} are refused: a launcher is chosen by its name")
-    words = [*words]
-    if not any(word.startswith(_LAUNCHER) for word in words):
-        words.insert(0, f"{_LAUNCHER}joblib")
-    on_this_machine = f"{_LAUNCHER}joblib" in words
-    if on_this_machine and not any(word.startswith(f"{_SETTINGS}n_jobs=") for word in words):
-        words.append(f"{_SETTINGS}n_jobs={workers}")
+    overrides = [*overrides]
+    if not any(override.startswith(_LAUNCHER) for override in overrides):
+        overrides.insert(0, f"{_LAUNCHER}joblib")
+    on_this_machine = f"{_LAUNCHER}joblib" in overrides
+    if on_this_machine and not any(override.startswith(f"{_SETTINGS}n_jobs=") for override in overrides):
+        overrides.append(f"{_SETTINGS}n_jobs={workers}")
     task = _Task(work, os.getpid() if on_this_machine else None)
     try:
-        return hydra_bridge.launch(task, workers, words, folder)
+        return hydra_bridge.launch(task, workers, overrides, folder)
     except hydra_bridge.LauncherError as error:
         raise UserError(
-            f"{' '.join(words)}: {error}. The launchers joblib, submitit_local and submitit_slurm come with "
-            "pip install 'fwlora[workers]'"
+            f"{' '.join(overrides)}: {str(error).rstrip('.')}. The launchers joblib, submitit_local and "
+            "submitit_slurm come with pip install 'fwlora[workers]'"
         ) from error

@@ -9,7 +9,7 @@ import torch
 from fwlora_lab.catalog.tasks import TaskSpec
 from fwlora_lab.config.checks import check_warmup, warnings_of
 from fwlora_lab.config.schema import DatasetConfig, ModelConfig, RunConfig
-from fwlora_lab.data.load import load_task
+from fwlora_lab.data.load import load_task, split_task, whole_dataset
 from fwlora_lab.data.task import TaskData
 from fwlora_lab.data.tokens import TokenTable, tokenize
 from fwlora_lab.errors import UserError
@@ -31,16 +31,21 @@ class ResourceCache:
     """
 
     device: torch.device
+    _whole_tasks: dict[str, TaskData] = field(default_factory=dict)  # before they are split
     _tasks: dict[str, TaskData] = field(default_factory=dict)
     _backbones: dict[str, Backbone] = field(default_factory=dict)
     _tables: dict[tuple[str, str, str], TokenTable] = field(default_factory=dict)
     _skeletons: dict[tuple[str, TaskSpec], ClassifierSkeleton] = field(default_factory=dict)
 
     def task(self, dataset: DatasetConfig) -> TaskData:
-        """The data set, read at its first use."""
+        """The data set, read at its first use, however many configs split the same examples in different ways."""
         key = dataset.model_dump_json()
         if key not in self._tasks:
-            self._tasks[key] = load_task(dataset)
+            whole = whole_dataset(dataset)
+            whole_key = whole.model_dump_json()
+            if whole_key not in self._whole_tasks:
+                self._whole_tasks[whole_key] = load_task(whole)
+            self._tasks[key] = split_task(self._whole_tasks[whole_key], dataset)
         return self._tasks[key]
 
     def backbone(self, model: ModelConfig) -> Backbone:

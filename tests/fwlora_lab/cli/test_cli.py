@@ -88,7 +88,7 @@ def test_a_sweep(run_file, tmp_path):
         (["run=demo-lora", "training.learning_rat=1e-3"], "learning_rate"),
         (["run=demo-lora", "training.learning_rate=-1"], "training.learning_rate"),
         (["run=demo-lora", "seeds=3..1"], "runs backwards"),
-        (["run=demo-lora", "run=demo-lora"], "stands twice"),
+        (["run=demo-lora", "run=demo-lora"], "given twice"),
         (["run=demo-lora", "again=perhaps"], "must be true or false"),
         (["run=demo-lora", "training.epochs=1,2"], "--multirun"),
         (["run=demo-lora", "method=lorra"], "lora"),

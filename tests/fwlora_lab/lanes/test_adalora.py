@@ -25,14 +25,14 @@ from fwlora_lab.catalog.tasks import TaskSpec
 from fwlora_lab.data.tokens import collate
 from fwlora_lab.lanes.engine import LaneEngine
 from fwlora_lab.lanes.packing import pack
-from fwlora_lab.lanes.settings import Allocation
-from fwlora_lab.models.adapter_plan import plan_adapters
+from fwlora_lab.models.adapter_plan import AdaLoraSchedule, plan_adapters
 from fwlora_lab.models.backbones import load_backbone
 from fwlora_lab.models.classifier import build_classifier
 from fwlora_lab.models.methods import build_method, learning_rates
 from fwlora_lab.training.lane_settings import lane_settings
 
-ADA = Allocation(
+ADA = AdaLoraSchedule(
+    initial=3,
     final=14,
     tinit=3,
     tfinal=8,

@@ -77,6 +77,26 @@ def test_with_dropout_a_shaped_lane_in_company_is_the_lane_alone(table):
         equal_lane(together, row, alone, 0)
 
 
+def test_a_lane_with_dropout_may_join_lanes_without(table):
+    """In a fixed shape, where a step draws all its random numbers at once: how many there are changes."""
+    world = World("bert", table)
+
+    def admit(engine: LaneEngine, i: int, dropout: float) -> None:
+        rank, _, own = RUNS[i]
+        run = settings(rank, world.targets, seed=i, **{**own, "dropout": dropout})
+        engine.admit(run, *initial(classifier("bert"), world.targets, rank, i))
+
+    losses = []
+    for steps_alone, dropout in ((0, 0.2), (1, 0.2), (0, 0.0)):
+        engine = LaneEngine(classifier("bert"), world.targets, 2, 4)
+        admit(engine, 0, 0.0)
+        for step in range(steps_alone):
+            engine.step(shaped(table, [0], step), [1e-3])
+        admit(engine, 2, dropout)
+        losses.append(engine.step(shaped(table, [0, 2], 0), [1e-3] * 2)[1])
+    assert losses[0] == losses[1] != losses[2]
+
+
 def test_a_diverging_lane_touches_no_other(table):
     world = World("bert", table, dropout=0.1)
     healthy, sick = world.lanes([1, 0, 2]), world.lanes([1, 0, 2])

@@ -19,16 +19,22 @@ from tiny import World
 from fwlora_lab.cli.main import main
 from fwlora_lab.config.load import load_run
 from fwlora_lab.config.schema import RunConfig
+from fwlora_lab.config.validation import with_values
 from fwlora_lab.config.yaml_writer import to_yaml
 from fwlora_lab.errors import UserError
 from fwlora_lab.records.folder import load_record
-from fwlora_lab.search import run as searching
-from fwlora_lab.search import trials as store
+from fwlora_lab.search import results, session, storage
 from fwlora_lab.search.run import run_search
-from fwlora_lab.search.spec import Search
-from fwlora_lab.search.trials import SharedStudy, cause_of, storage_url
-from fwlora_lab.training import scheduler as loop
-from fwlora_lab.training.events import StopRun
+from fwlora_lab.search.samplers import distributions, make_pruner
+from fwlora_lab.search.session import open_study
+from fwlora_lab.search.shared_study import SharedStudy
+from fwlora_lab.search.spec import SearchSpec
+from fwlora_lab.search.storage import storage_url
+from fwlora_lab.search.trials import best_of, cause_of, is_counted
+from fwlora_lab.training import lane_trainer
+from fwlora_lab.training.events import Evaluated, StopRun
+from fwlora_lab.training.jobs import RunSpec
+from fwlora_lab.training.scheduler import train_runs
 
 RATE = {"type": "loguniform", "low": 1e-4, "high": 1e-1}
 RANK = {"type": "categorical", "choices": [1, 2, 4]}
@@ -49,18 +55,18 @@ def config(world: World, method: str = "lora", space: dict | None = None, **chan
     """A search of 3 trials over learning rate and rank, in lanes, on runs of 2 epochs."""
     block = {"n_trials": 3, "search_space": space or {"learning_rate": RATE, "lora_rank": RANK}}
     block |= {key.removeprefix("optuna__"): changes.pop(key) for key in list(changes) if key.startswith("optuna__")}
-    return world.config(method, optuna=block, **{"training__engine": "lanes", **changes})
+    return with_values(world.config(method, **{"training__engine": "lanes", **changes}), {"optuna": block})
 
 
 def trials_of(cfg: RunConfig) -> list[optuna.trial.FrozenTrial]:
-    return Search.of(cfg).shared_study().trials()
+    return open_study(SearchSpec.of(cfg)).trials()
 
 
 @pytest.fixture(autouse=True)
 def no_plots(request, monkeypatch):
     """They take longer than the training here; one test draws them."""
     if request.node.name != "test_a_search_and_what_it_leaves":
-        monkeypatch.setattr(searching, "_plot", lambda *_, **__: None)
+        monkeypatch.setattr(results, "_plot", lambda *_, **__: None)
 
 
 def record_of(cfg: RunConfig, number: int, seed: int = 42):
@@ -119,7 +125,7 @@ def test_a_search_and_what_it_leaves(world, capsys, monkeypatch):
     assert not list((world.results / "lora").glob("seed-*")), "a trial is no record of the run itself"
 
     # The same command finds nothing to do; n_trials is the total.
-    monkeypatch.setattr(searching, "_plot", lambda *_, **__: None)
+    monkeypatch.setattr(results, "_plot", lambda *_, **__: None)
     assert run_search(cfg) == 0
     assert [t.value for t in trials_of(cfg)] == [t.value for t in trials]
     assert run_search(config(world, optuna__seeds_per_trial=2, optuna__n_trials=6)) == 0
@@ -173,9 +179,9 @@ def test_a_list_of_search_spaces_is_the_same_search(world):
         {"param_name": "lora_rank", "distribution_type": "categorical", "choices": [1, 2, 4]},
     ]
     block = {"n_trials": 3, "search_spaces": named}
-    one = Search.of(config(world))
-    two = Search.of(world.config("lora", optuna=block, training__engine="lanes"))
-    assert one.space() == two.space() and one.identity("d") == two.identity("d")
+    one = SearchSpec.of(config(world))
+    two = SearchSpec.of(world.config("lora", optuna=block, training__engine="lanes"))
+    assert distributions(one) == distributions(two) and one.identity("d") == two.identity("d")
 
 
 def test_minimising_finds_the_least(world):
@@ -231,7 +237,7 @@ class PruneOdd(optuna.pruners.BasePruner):
 
 @pytest.mark.parametrize(("engine", "seeds"), [("lanes", 1), ("lanes", 2), ("peft", 1)])
 def test_pruned_trials_stop_and_leave_no_record(world, monkeypatch, engine, seeds):
-    monkeypatch.setattr(Search, "_pruner", lambda self: PruneOdd())
+    monkeypatch.setattr(session, "make_pruner", lambda spec: PruneOdd())
     cfg = config(world, training__engine=engine, optuna__n_trials=4, optuna__n_jobs=2, optuna__seeds_per_trial=seeds)
     run_search(cfg)
     trials = trials_of(cfg)
@@ -246,7 +252,7 @@ def test_pruned_trials_stop_and_leave_no_record(world, monkeypatch, engine, seed
 
 def test_pruners_by_name(world):
     found = {
-        name: type(Search.of(config(world, optuna__pruner=name))._pruner()).__name__
+        name: type(make_pruner(SearchSpec.of(config(world, optuna__pruner=name)))).__name__
         for name in ("none", "median", "hyperband")
     }
     assert found == {"none": "NopPruner", "median": "MedianPruner", "hyperband": "HyperbandPruner"}
@@ -260,8 +266,8 @@ def test_pruners_by_name(world):
 
 def test_trials_share_one_backbone_and_a_free_lane_takes_the_next(world, monkeypatch):
     engines, running = [], []
-    build, claim = loop._lanes_for, SharedStudy.claim
-    monkeypatch.setattr(loop, "_lanes_for", lambda *args: engines.append(build(*args)) or engines[-1])
+    build, claim = lane_trainer.make_lanes, SharedStudy.claim
+    monkeypatch.setattr(lane_trainer, "make_lanes", lambda *args: engines.append(build(*args)) or engines[-1])
 
     def counted(self, *args):
         trial = claim(self, *args)
@@ -275,14 +281,14 @@ def test_trials_share_one_backbone_and_a_free_lane_takes_the_next(world, monkeyp
     run_search(cfg)
     assert states(cfg) == ["COMPLETE"] * 7
     assert len(engines) == 1, "one engine with room for the highest rank of the space"
-    assert engines[0].rank == 4 and engines[0].width == 3
+    assert engines[0].buffers.layout.rank == 4 and engines[0].width == 3
     assert running[:3] == [1, 2, 3] and max(running) == 3
 
 
 def test_what_cannot_share_lanes_gets_lanes_of_its_own(world, monkeypatch):
     engines = []
-    build = loop._lanes_for
-    monkeypatch.setattr(loop, "_lanes_for", lambda *args: engines.append(build(*args)) or engines[-1])
+    build = lane_trainer.make_lanes
+    monkeypatch.setattr(lane_trainer, "make_lanes", lambda *args: engines.append(build(*args)) or engines[-1])
     space = {"max_length": {"type": "categorical", "choices": [16, 32]}}
     cfg = config(world, space=space, optuna__n_jobs=2, optuna__n_trials=4, optuna__sampler="random", training__epochs=1)
     run_search(cfg)
@@ -295,20 +301,20 @@ def test_what_cannot_share_lanes_gets_lanes_of_its_own(world, monkeypatch):
 def test_a_trial_in_lanes_scores_what_the_run_scores_alone(world):
     cfg = config(world, optuna__n_trials=3, optuna__n_jobs=3)
     run_search(cfg)
-    search, trial = Search.of(cfg), trials_of(cfg)[1]
+    search, trial = SearchSpec.of(cfg), trials_of(cfg)[1]
     alone = search.trial_config(1, trial.params)
-    (record,) = loop.train_cohort([loop.Planned(alone, 42)], again=True)
+    (record,) = train_runs([RunSpec(alone, 42)], overwrite=True)
     assert record.metrics["accuracy"] == pytest.approx(trial.value)
 
 
 def test_a_stopped_run_leaves_nothing_and_the_others_go_on(world):
     def stop_first(event) -> None:
-        if isinstance(event, loop.Evaluated) and event.seed == 0:
+        if isinstance(event, Evaluated) and event.seed == 0:
             raise StopRun
 
     for engine in ("lanes", "peft"):
         cfg = world.config("lora", run_id=engine, training__engine=engine)
-        records = loop.train_cohort([loop.Planned(cfg, seed) for seed in (0, 1)], stop_first)
+        records = train_runs([RunSpec(cfg, seed) for seed in (0, 1)], stop_first)
         assert [(r.seed, r.status) for r in records] == [(1, "complete")]
         assert [p.name for p in (world.results / engine).glob("seed-*")] == ["seed-1"]
 
@@ -325,9 +331,9 @@ def test_what_cannot_be_searched(world):
     with pytest.raises(UserError, match="target_modules"):
         run_search(config(world, model__lora__target_modules=["nothing"]))
     assert states(config(world)) == [], "a model that does not go costs no trial"
-    with pytest.raises(ValueError, match="must be a whole number, not 1.0"):
+    with pytest.raises(UserError, match="must be a whole number, not 1.0"):
         config(world, space={"lora_rank": {"type": "uniform", "low": 1, "high": 8}})
-    with pytest.raises(ValueError, match="did you mean 'learning_rate'"):
+    with pytest.raises(UserError, match="did you mean 'learning_rate'"):
         config(world, space={"lerning_rate": RATE})
 
 
@@ -335,8 +341,8 @@ def test_what_cannot_be_searched(world):
     ("url", "reason"),
     [
         ("mysql://host/db", "mysql is not supported"),
-        ("nonsense", "is no database URL"),
-        ("sqlite:///:memory:", "gone with its worker"),
+        ("nonsense", "not a database URL"),
+        ("sqlite:///:memory:", "lost when its worker ends"),
         (
             "postgresql://somebody:secret@127.0.0.1:1/none",
             r"somebody:\*\*\*@127.0.0.1:1/none: the study cannot be read",
@@ -374,55 +380,55 @@ SPACE = {"x": optuna.distributions.FloatDistribution(0, 1)}
 
 
 def test_a_dead_workers_trial_is_tried_again_with_its_parameters(study, monkeypatch):
-    monkeypatch.setattr(store, "GRACE_SECONDS", 1)
+    monkeypatch.setattr(storage, "GRACE_SECONDS", 1)
     dead, alive = study(), study()
     lost = dead.claim(2, SPACE)
     other = alive.claim(2, SPACE)
     assert lost.params != other.params
     assert alive.claim(2, SPACE) is None, "its worker may be alive"
-    monkeypatch.setattr(alive._storage, "grace_period", -1)  # silent for longer than that
-    monkeypatch.setattr(alive, "_beating", set())
+    monkeypatch.setattr(alive._database, "grace_period", -1)  # silent for longer than that
+    monkeypatch.setattr(alive.heartbeat, "_trial_ids", set())
     alive.finish(other, 1.0, [1.0])
     again = alive.claim(2, SPACE)
     assert again.params == lost.params and again.number == 2
     assert dead.finish(lost, 0.5, [0.5]) is False and dead.report(lost, 0.5, 1) is False
     assert alive.finish(again, 0.7, [0.7]) and alive.claim(2, SPACE) is None
-    assert [(t.state.name, store.counts(t)) for t in alive.trials()] == [
+    assert [(t.state.name, is_counted(t)) for t in alive.trials()] == [
         ("FAIL", False), ("COMPLETE", True), ("COMPLETE", True),
     ]  # fmt: skip
 
 
 def test_a_trial_that_kills_every_worker_is_given_up(study, monkeypatch):
     shared = study()
-    monkeypatch.setattr(shared._storage, "grace_period", -1)
+    monkeypatch.setattr(shared._database, "grace_period", -1)
     claims = 0
     while shared.claim(1, SPACE) is not None:
         claims += 1
         assert claims <= 3
     assert claims == 3
     assert "its worker died 3 times" in cause_of(shared.trials()[-1])
-    assert [store.counts(t) for t in shared.trials()] == [False, False, True]
+    assert [is_counted(t) for t in shared.trials()] == [False, False, True]
 
 
-def test_an_interrupted_trial_is_handed_back(study):
+def test_an_interrupted_trial_is_requeued(study):
     shared = study()
     trial = shared.claim(1, SPACE)
-    shared.hand_back(trial)
+    shared.requeue(trial)
     again = study().claim(1, SPACE)
     assert again.params == trial.params
     assert shared.claim(1, SPACE) is None
     # However often.
     for _ in range(5):
-        shared.hand_back(again)
+        shared.requeue(again)
         again = shared.claim(1, SPACE)
     assert shared.finish(again, 1.0, [1.0])
-    assert sum(map(store.counts, shared.trials())) == 1
+    assert sum(map(is_counted, shared.trials())) == 1
 
 
 def test_fewer_trials_than_are_there(study):
     shared = study()
     for _ in range(3):
-        shared.hand_back(shared.claim(3, SPACE)) if _ == 2 else shared.finish(shared.claim(3, SPACE), 1.0, [1.0])
+        shared.requeue(shared.claim(3, SPACE)) if _ == 2 else shared.finish(shared.claim(3, SPACE), 1.0, [1.0])
     assert shared.claim(2, SPACE) is None
     assert shared.claim(3, SPACE) is not None
 
@@ -432,7 +438,7 @@ def test_a_foreign_study_is_refused(study):
     shared.study.enqueue_trial({"x": 0.5})
     with pytest.raises(UserError, match="was not made by fwlora search"):
         shared.bind({"space": {}})
-    assert searching.best_of(shared.trials(), "maximize") is None
+    assert best_of(shared.trials(), "maximize") is None
 
 
 # --- the command --------------------------------------------------------------------------------

@@ -29,10 +29,13 @@ from tiny import World
 
 from fwlora_lab.config.schema import RunConfig
 from fwlora_lab.config.validation import with_values
-from fwlora_lab.search import run as searching
-from fwlora_lab.search import trials
+from fwlora_lab.search import results, storage
 from fwlora_lab.search.run import run_search
-from fwlora_lab.search.spec import Search
+from fwlora_lab.search.session import open_study
+from fwlora_lab.search.shared_study import SharedStudy
+from fwlora_lab.search.spec import SearchSpec
+from fwlora_lab.search.storage import storage_url
+from fwlora_lab.search.trials import is_counted
 from fwlora_lab.search.worker import TrialWorker
 from fwlora_lab.training import launch
 from fwlora_lab.training.events import Evaluated
@@ -46,7 +49,7 @@ PROCESSES = multiprocessing.get_context("forkserver")
 
 @pytest.fixture
 def world(tmp_path, monkeypatch) -> World:
-    monkeypatch.setattr(searching, "_plot", lambda *_, **__: None)  # they take longer than the training here
+    monkeypatch.setattr(results, "_plot", lambda *_, **__: None)  # they take longer than the training here
     return World(tmp_path)
 
 
@@ -57,24 +60,24 @@ def config(world: World, n_trials: int, **changes) -> RunConfig:
 
 
 def work(config_json: str, hang: str | None = None) -> None:
-    """A worker, with a heart that beats fast; with `hang` it stops in the midst of its first trial and says so."""
-    trials.HEARTBEAT_SECONDS, trials.GRACE_SECONDS = 1, 10  # a busy machine may not beat for some seconds
-    searching._plot = lambda *_, **__: None
+    """A worker with frequent heartbeats; with `hang` it touches that file in its first trial and stops there."""
+    storage.HEARTBEAT_SECONDS, storage.GRACE_SECONDS = 1, 10  # a busy machine may send none for some seconds
+    results._plot = lambda *_, **__: None
     if hang is not None:
-        hear = TrialWorker.hear
+        on_event = TrialWorker.on_event
 
-        def hearing(self, event) -> None:
+        def hanging(self, event) -> None:
             if isinstance(event, Evaluated):
                 Path(hang).touch()
-                time.sleep(600)  # the heart goes on beating
-            hear(self, event)
+                time.sleep(600)  # the heartbeats go on
+            on_event(self, event)
 
-        TrialWorker.hear = hearing  # type: ignore[method-assign]
+        TrialWorker.on_event = hanging  # type: ignore[method-assign]
     raise SystemExit(run_search(RunConfig.model_validate_json(config_json)))
 
 
 def trials_of(cfg: RunConfig) -> list[optuna.trial.FrozenTrial]:
-    return Search.of(cfg).shared_study().trials()
+    return open_study(SearchSpec.of(cfg)).trials()
 
 
 def wait_for(what, seconds: float = 300) -> None:
@@ -85,7 +88,7 @@ def wait_for(what, seconds: float = 300) -> None:
 
 
 def wait_for_a_trial(cfg: RunConfig, state: str) -> None:
-    study = Search.of(cfg).shared_study()
+    study = open_study(SearchSpec.of(cfg))
     wait_for(lambda: any(t.state.name == state for t in study.trials()))
 
 
@@ -110,7 +113,7 @@ def kill_one_of(workers: int, cfg: RunConfig, tmp_path: Path) -> None:
     found = trials_of(cfg)
     assert cfg.optuna is not None
     assert Counter(t.state.name for t in found) == {"COMPLETE": cfg.optuna.n_trials, "FAIL": 1}
-    assert found[lost.number].state.name == "FAIL" and not trials.is_counted(found[lost.number])
+    assert found[lost.number].state.name == "FAIL" and not is_counted(found[lost.number])
     (retried,) = [t for t in found if t.params == lost.params and t.state.name == "COMPLETE"]
     assert retried.system_attrs["failed_trial"] == lost.number
     assert len({str(t.params) for t in found}) == cfg.optuna.n_trials
@@ -202,14 +205,14 @@ def test_ctrl_c_once_finishes_the_running_trials_twice_stops_at_once(world, tmp_
 
     assert run_search(cfg) == 0
     finished = trials_of(cfg)
-    assert Counter(t.state.name for t in finished if trials.is_counted(t)) == {"COMPLETE": 4}
+    assert Counter(t.state.name for t in finished if is_counted(t)) == {"COMPLETE": 4}
 
 
 def interrupted(config_json: str) -> None:
     """The command, with Ctrl-C pressed twice just when its second trial was taken in the storage."""
-    searching._plot = lambda *_, **__: None
+    results._plot = lambda *_, **__: None
     signal.signal(signal.SIGINT, signal.default_int_handler)
-    claim = trials.SharedStudy.claim
+    claim = SharedStudy.claim
 
     def claiming(self, *args):
         trial = claim(self, *args)
@@ -218,7 +221,7 @@ def interrupted(config_json: str) -> None:
             signal.raise_signal(signal.SIGINT)
         return trial
 
-    trials.SharedStudy.claim = claiming  # type: ignore[method-assign]
+    SharedStudy.claim = claiming  # type: ignore[method-assign]
     try:
         run_search(RunConfig.model_validate_json(config_json))
     except KeyboardInterrupt:
@@ -239,17 +242,17 @@ def stoppable(config_json: str, log: str) -> None:
     """The command in a process of its own, slow enough to be interrupted, its screen in a file."""
     import sys
 
-    from fwlora_lab.training import scheduler
+    from fwlora_lab.training.lane_trainer import LaneTrainer
 
-    searching._plot = lambda *_, **__: None
+    results._plot = lambda *_, **__: None
     signal.signal(signal.SIGINT, signal.default_int_handler)  # a process in the background may ignore it
-    tick = scheduler.Scheduler._tick
+    step = LaneTrainer.step
 
     def slowly(self, *args) -> None:
         time.sleep(0.5)  # 11 steps: a trial outlasts whatever a busy machine does between its start and the signal
-        tick(self, *args)
+        step(self, *args)
 
-    scheduler.Scheduler._tick = slowly  # type: ignore[method-assign]
+    LaneTrainer.step = slowly  # type: ignore[method-assign]
     sys.stdout = open(log, "w", buffering=1)
     try:
         run_search(RunConfig.model_validate_json(config_json))
@@ -312,7 +315,7 @@ def claim_all(url: str, pipe) -> None:
     def sampler(number: int):
         return optuna.samplers.RandomSampler(seed=number)
 
-    study = trials.SharedStudy(trials.storage_url(url), "s", "maximize", sampler, optuna.pruners.NopPruner())
+    study = SharedStudy(storage_url(url), "s", "maximize", sampler, optuna.pruners.NopPruner())
     pipe.send("ready")
     pipe.recv()
     got = []

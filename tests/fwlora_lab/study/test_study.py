@@ -5,36 +5,39 @@ pytest tests/fwlora_lab/study/test_study.py
 
 from __future__ import annotations
 
-import io
 import json
 import multiprocessing
 import os
+import queue
 import random
 import signal
+import sys
 import time
 from pathlib import Path
 
-import fake_study
 import numpy as np
 import pytest
 import yaml
-from rich.console import Console
-from tiny import World
+from tiny import World, make_data
 
 from fwlora_lab.cli.main import main
 from fwlora_lab.config.yaml_writer import to_yaml
-from fwlora_lab.display.study_table import StudyTable
+from fwlora_lab.data.files import load_files
+from fwlora_lab.data.load import load_task
 from fwlora_lab.errors import UserError
-from fwlora_lab.records.folder import find_records, load_predictions, load_record
-from fwlora_lab.records.record import Failure
+from fwlora_lab.models.backbones import load_backbone
+from fwlora_lab.records.folder import find_records, load_predictions, load_record, status_of
 from fwlora_lab.records.study_plan import load_plan
 from fwlora_lab.study import run as studies
-from fwlora_lab.study.estimate import estimate
-from fwlora_lab.study.plan import plan_study, read_words
+from fwlora_lab.study import workers
+from fwlora_lab.study.estimate import dry_run_lines, estimate
+from fwlora_lab.study.plan import parse_request, plan_study
 from fwlora_lab.study.run import run_study
 from fwlora_lab.study.spec import available_studies, load_study
-from fwlora_lab.training.events import Note, RunFailed, RunFinished, RunStarted, StepDone
-from fwlora_lab.training.scheduler import train_runs as really_train
+from fwlora_lab.training.device import pick_device
+from fwlora_lab.training.events import RunFinished
+from fwlora_lab.training.resources import ResourceCache
+from fwlora_lab.training.scheduler import train_runs
 
 # A server process that has imported everything: each study is a fork of it, and starts at once.
 multiprocessing.set_forkserver_preload(["fwlora_lab.study", "fwlora_lab.lanes"])
@@ -71,7 +74,7 @@ def write_study(world: World, **changes) -> str:
 
 
 def plan(world: World, *words: str, **changes):
-    return plan_study(read_words([f"study={write_study(world, **changes)}", f"results_dir={world.results}", *words]))
+    return plan_study(parse_request([f"study={write_study(world, **changes)}", f"results_dir={world.results}", *words]))
 
 
 # --- what a study consists of -------------------------------------------------------------------
@@ -79,7 +82,7 @@ def plan(world: World, *words: str, **changes):
 
 @pytest.mark.parametrize("name", available_studies())
 def test_packaged_studies_are_valid(name):
-    found = plan_study(read_words([f"study={name}"]))
+    found = plan_study(parse_request([f"study={name}"]))
     study = load_study(name)
     assert len(found.cells) == len(study.tasks) * len(study.methods) * len(study.budgets)
     assert len({cell.cfg.run_id for cell in found.cells}) == len(found.cells)
@@ -93,7 +96,7 @@ def test_packaged_studies_are_valid(name):
 
 
 def test_the_requests_study_is_the_request():
-    found = plan_study(read_words(["study=request"]))
+    found = plan_study(parse_request(["study=request"]))
     assert {c.cfg.model.pretrained_id for c in found.cells} == {"roberta-base"}
     assert {c.budget for c in found.cells} == {0.1, 0.2, 0.5} and len(found.seeds) == 10
     for cell in found.cells:
@@ -105,7 +108,7 @@ def test_the_requests_study_is_the_request():
 
 
 def test_every_method_is_tuned_with_the_same_effort():
-    cells = plan_study(read_words(["study=offline"])).cells
+    cells = plan_study(parse_request(["study=offline"])).cells
     for task in ("cola", "sst2"):
         searches = [c.search for c in cells if c.task == task]
         assert len({s.optuna.n_trials for s in searches}) == 1
@@ -123,14 +126,14 @@ def test_words_choose_a_part_and_overrides_reach_every_run(world):
     assert found.seeds == (3, 5) and {c.cfg.training.epochs for c in found.cells} == {1}
     command = found.request.command()
     assert "seeds" not in command and "methods=fw_lora budgets=5,7" in command and "training.epochs=1" in command
-    assert plan_study(read_words(command.split()[2:] + ["seeds=3,5"])) == found
+    assert plan_study(parse_request(command.split()[2:] + ["seeds=3,5"])) == found
 
 
 def test_the_example_in_the_docs_is_a_study(tmp_path):
     page = (Path(__file__).parents[3] / "docs" / "compare.md").read_text()
     file = tmp_path / "my-study.yaml"
     file.write_text(page.split("```yaml\n")[1].split("```")[0])
-    found = plan_study(read_words([f"study={file}"]))
+    found = plan_study(parse_request([f"study={file}"]))
     assert [cell.method for cell in found.cells] == ["lora", "power"] and len(found.claims) == 1
 
 
@@ -139,7 +142,7 @@ def test_the_example_in_the_docs_is_a_study(tmp_path):
     [
         ([], "say which study"),
         (["study=ofline"], "did you mean 'offline'"),
-        (["study=offline", "study=demo"], "stands twice"),
+        (["study=offline", "study=demo"], "is given twice"),
         (["study=offline", "seeds="], "empty"),
         (["study=offline", "seeds=3..1"], "runs backwards"),
         (["study=offline", "seeds=0,1000"], "1000 is the seed that hyper-parameters are tuned with"),
@@ -166,9 +169,9 @@ def test_words_that_are_refused(words, says, tmp_path, monkeypatch, capsys):
 @pytest.mark.parametrize(
     ("changes", "says"),
     [
-        ({"reference": "full"}, "'full' is no method of the study"),
+        ({"reference": "full"}, "'full' is not a method of the study"),
         ({"budgets": []}, "budgets"),
-        ({"budgets": [7.0, 7.0]}, "stands twice"),
+        ({"budgets": [7.0, 7.0]}, "is given twice"),
         ({"budgets": [".nan"]}, "budgets"),
         ({"tasks": {}}, "tasks"),
         ({"tasks": {"a/b": {}}}, "part of a folder's name"),
@@ -208,12 +211,12 @@ def test_claims_about_what_the_study_lacks(world):
 def test_a_study_trains_what_is_missing_and_nothing_twice(world, monkeypatch):
     trained: list[list[tuple[str, int]]] = []
 
-    def watch(runs, listen, **more):
+    def noted(runs, on_event, **more):
         trained.append([(run.cfg.run_id, run.seed) for run in runs])
-        return really_train(runs, listen, **more)
+        return train_runs(runs, on_event, **more)
 
-    monkeypatch.setattr(studies, "train_cohort", watch)
-    monkeypatch.setattr(studies, "lanes_at_once", lambda: 2)
+    monkeypatch.setattr(studies, "train_runs", noted)
+    monkeypatch.setattr(studies, "max_lanes", lambda: 2)
     first = run_study(plan(world, "seeds=0"))
     assert [(r.run_id, r.seed, r.status) for r in first] == [
         ("csv-7-lora", 0, "complete"),
@@ -295,42 +298,88 @@ def test_the_dry_run_says_what_is_left_and_trains_nothing(world, capsys):
     rows = list(estimate(plan(world, "seeds=0..3")))
     assert [(row.done, row.runs, row.trials) for row in rows] == [(1, 3, 0)] * 2
     assert all(row.seconds > 0 for row in rows)
+    lines = list(dry_run_lines(plan(world, "seeds=0..30", budgets=[7.0, 8.0])))
+    assert max(map(len, lines)) <= 80
+    assert [line.split()[-4:-1] for line in lines[1:5]] == [["1", "30", "0"]] * 2 + [["0", "31", "0"]] * 2
+    assert " ".join(lines[5:]).endswith("28, 29, 30; nothing was trained")
     assert sorted(world.results.rglob("*")) == before
     record = find_records(world.results)[0]
     assert rows[1].seconds / 3 < 30 * (record.times.train_seconds + record.times.eval_seconds)
 
 
-def test_the_board_shows_every_seed_and_running_means(tmp_path, capsys):
-    cfg = fake_study.config(tmp_path, "cola", "lora")
-    board = StudyTable({cfg.run_id: "cola 0.2 % lora"}, range(10), 9)
-    board.there(fake_study.record(cfg, 0, 0.4))
-    board.hear(RunStarted(cfg.run_id, 1, "lora", 100, 3, 0, 9))
-    board.hear(StepDone(cfg.run_id, 1, 40, 100, 0.5, "steady", 10.0))
-    board.hear(RunFinished(cfg.run_id, 2, fake_study.record(cfg, 2, 0.5), trained=True))
-    failed = fake_study.record(cfg, 3, 0.0).model_copy(
-        update={"error": Failure(type="E", message="diverged", traceback="")}
+def write_two_tasks(world: World) -> str:
+    """A study of two tasks and two methods whose learning rate is tuned; the file's path."""
+    other, _ = make_data(world.results.parent / "other", train=48)
+    tasks = {"first": {}, "second": {"set": [f"dataset.train_file={other}"]}}
+    selection = {"policy": "tuned", "n_trials": 2, "seed": 77, "space": SPACE}
+    return write_study(world, tasks=tasks, selection=selection)
+
+
+def count_calls(monkeypatch, function) -> list[tuple]:
+    """The arguments of each call of the function from now on, whichever module it is called from."""
+    calls: list[tuple] = []
+
+    def counted(*args, **more):
+        calls.append(args)
+        return function(*args, **more)
+
+    for name, module in list(sys.modules.items()):
+        if name.startswith("fwlora_lab") and getattr(module, function.__name__, None) is function:
+            monkeypatch.setattr(module, function.__name__, counted)
+    return calls
+
+
+def test_data_and_backbone_are_read_once_in_a_whole_study(world, monkeypatch):
+    found = plan_study(
+        parse_request([f"study={write_two_tasks(world)}", f"results_dir={world.results}", "training.epochs=1"])
     )
-    board.hear(RunFailed(cfg.run_id, 3, failed))
-    board.hear(Note(cfg.run_id, 3, "once"))
-    board.hear(Note(cfg.run_id, 4, "once"))
-    said = capsys.readouterr().out.splitlines()
-    assert said[0].startswith("[1/9] cola 0.2 % lora seed 2: 0.5000 (mean of 2: 0.4500)")
-    assert said[1].startswith("[2/9] cola 0.2 % lora seed 3: FAILED: diverged")
-    assert said[2:] == ["  note: once"]
-    console = Console(width=150, record=True, file=io.StringIO())
-    console.print(board._render())
-    head, row, note, state = (line.split() for line in console.export_text().splitlines())
-    assert head[0] == "matthews_correlation" and head[-4:] == ["more", "mean", "±", "sd"]
-    assert row[4:] == ["0.4000", "40%", "0.5000", "failed", "·", "·", "·", "·", "0/2", "0.4500", "±", "0.0707"]
-    assert note == ["note:", "once"] and state[:5] == ["2", "of", "9", "runs", "trained,"]
+    loaded, backbones = count_calls(monkeypatch, load_task), count_calls(monkeypatch, load_backbone)
+    read = count_calls(monkeypatch, load_files)
+    resources = ResourceCache(pick_device())
+    assert [row.trials for row in estimate(found, resources)] == [2] * 4
+    records = run_study(found, resources=resources)
+    assert len(records) == 8 and {r.status for r in records} == {"complete"}
+    assert all(row.trials == row.runs == 0 for row in estimate(found, resources))
+    files = sorted(cfg.train_file for (cfg,) in loaded)
+    assert len(files) == 2 and len(set(files)) == 2, "tuning splits the same data in another way"
+    assert len(read) == 2 and len(backbones) == 1
+    loaded.clear()
+    backbones.clear()
+    # Also where nothing is passed from one call to the next.
+    assert run_study(found) == records
+    assert len(loaded) == 2 and not backbones
+
+
+def test_a_worker_process_reads_data_and_backbone_once_for_all_batches(world, monkeypatch):
+    found = plan(world, "seeds=0", "training.epochs=1")
+    loaded, backbones = count_calls(monkeypatch, load_task), count_calls(monkeypatch, load_backbone)
+    monkeypatch.setattr(workers, "_worker", None)
+    monkeypatch.setattr(workers, "leave_with", lambda parent: None)  # this process is not a worker
+    events: queue.SimpleQueue = queue.SimpleQueue()
+    workers._start_worker(events, 1, os.getpid())
+    for cell in found.cells:
+        workers._train_in_worker([(cell.cfg.model_dump_json(), 0)])
+    assert len(loaded) == len(backbones) == 1
+    trained = [
+        event.run_id for event in (events.get() for _ in range(events.qsize())) if isinstance(event, RunFinished)
+    ]
+    assert trained == [cell.cfg.run_id for cell in found.cells]
+
+
+def test_each_run_is_looked_up_once(world, monkeypatch):
+    run_study(plan(world, "seeds=0"))
+    looked_up = count_calls(monkeypatch, status_of)
+    run_study(plan(world, "seeds=0..1", "methods=lora"))
+    # The run that is left to train is looked up again by `train_runs`, which another process may have overtaken.
+    assert [(cfg.run_id, seed) for cfg, seed, _ in looked_up if seed == 0] == [("csv-7-lora", 0)]
 
 
 # --- killed, stopped, in several processes ------------------------------------------------------
 
 
-def work(file: str, results: str, jobs: int = 1) -> None:
+def work(file: str, results: str, workers: int = 1) -> None:
     os.setpgid(0, 0)
-    run_study(plan_study(read_words([f"study={file}", f"results_dir={results}", "seeds=0..2"])), jobs)
+    run_study(plan_study(parse_request([f"study={file}", f"results_dir={results}", "seeds=0..2"])), workers)
 
 
 def comparable(results: Path) -> dict:
@@ -339,7 +388,7 @@ def comparable(results: Path) -> dict:
     for record in find_records(results):
         logits, labels = load_predictions(results / record.run_id / f"seed-{record.seed}")
         parts = record.model_dump(
-            include={"status", "arm", "config_fingerprint", "data_fingerprint", "epochs", "steps"}
+            include={"status", "method", "config_fingerprint", "data_fingerprint", "epochs", "steps"}
         )
         found[record.run_id, record.seed] = parts | {"logits": logits.tobytes(), "labels": labels.tobytes()}
     return found
@@ -414,8 +463,8 @@ def test_one_process_or_two_give_the_same_records(world):
     file = write_study(world)
     other = world.results.parent / "other"
     words = [f"study={file}", "seeds=0..1"]
-    one = run_study(plan_study(read_words([*words, f"results_dir={world.results}"])))
-    two = run_study(plan_study(read_words([*words, f"results_dir={other}"])), jobs=2)
+    one = run_study(plan_study(parse_request([*words, f"results_dir={world.results}"])))
+    two = run_study(plan_study(parse_request([*words, f"results_dir={other}"])), workers=2)
     assert [r.metrics for r in one] == [r.metrics for r in two]
     for record in one:
         place = f"{record.run_id}/seed-{record.seed}"

@@ -22,6 +22,7 @@ from fwlora_lab.config.schema import RunConfig
 from fwlora_lab.data.load import load_task
 from fwlora_lab.data.tokens import collate, epoch_batches, tokenize
 from fwlora_lab.errors import UserError
+from fwlora_lab.models import methods
 from fwlora_lab.models.adapter_state import adapted_layers
 from fwlora_lab.models.backbones import load_backbone
 from fwlora_lab.models.methods import AdapterRequest, build_method, lora_adapters, register_method
@@ -522,6 +523,37 @@ def test_a_run_goes_on_from_its_state_bit_by_bit(world: World, method: str) -> N
     assert engine.finish(second) == undisturbed.finish(whole)
 
 
+def test_a_state_counts_the_seconds_of_the_phase_in_progress(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = [0.0]
+    monkeypatch.setattr(active_run.time, "perf_counter", lambda: now[0])
+    clock = Clock(torch.device("cpu"))
+    clock.enter("warmup")
+    now[0] = 5.0
+    assert clock.state_dict() == {"warmup": 5.0}
+    now[0] = 7.0
+    clock.enter(None)
+    assert clock.seconds == {"warmup": 7.0}
+
+
+def test_a_state_of_a_run_that_is_over_keeps_its_predictions_and_its_start(world: World) -> None:
+    cache = resources.ResourceCache(torch.device("cpu"))
+    job = cache.job(RunSpec(world.config(training__epochs=1), 0))
+    runs = []
+    for _ in range(2):
+        engine = peft_engine.PeftEngine(cache.device)
+        runs.append(active_run.ActiveRun(0, job, cache.device, contextlib.ExitStack()))
+        engine.start(runs[-1])
+        if len(runs) == 1:
+            while not runs[0].at_epoch_end:
+                engine.step(runs)
+            runs[0].report_progress(lambda _: None, now=True)
+            runs[0].close_epoch(engine.evaluate(runs)[0])
+            saved = engine.state_dict(runs[0])
+    engine.load_state_dict(runs[1], saved)
+    assert runs[1].is_over and runs[1].started == runs[0].started
+    np.testing.assert_array_equal(runs[1].logits, runs[0].logits)
+
+
 def test_a_method_of_ones_own_is_one_call_of_register_method(world: World) -> None:
     """LoRA whose B is frozen in every second matrix, by the public extension point."""
 
@@ -544,3 +576,4 @@ def test_a_method_of_ones_own_is_one_call_of_register_method(world: World) -> No
     finally:
         for name in ("half_lora", "proposed_half_lora"):
             METHOD_NAMES.pop(name, None)
+        methods._METHODS.pop("half_lora", None)
