@@ -9,12 +9,12 @@ from fwlora_lab.cli.train import RUN, named_run, packaged_runs
 def _run(arguments: Arguments) -> int:
     run = named_run(arguments)
     from fwlora_lab.config.load import load_run, origins_of
-    from fwlora_lab.config.yaml_writer import to_yaml, yaml_with_comments
+    from fwlora_lab.config.yaml_writer import plain_values, yaml_with_comments
 
     config_dir = arguments.get("config_dir")
     cfg = load_run(run, arguments.overrides, config_dir)
     origins = {row.key: row.origin for row in origins_of(run, arguments.overrides, config_dir)}
-    print(yaml_with_comments(to_yaml(cfg), origins), end="")
+    print(yaml_with_comments(plain_values(cfg), origins, align=True), end="")
     return 0
 
 

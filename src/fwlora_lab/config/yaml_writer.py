@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from decimal import Decimal
 from typing import Any
 
@@ -57,23 +57,31 @@ def to_yaml(cfg: RunConfig) -> str:
     return yaml.dump(plain_values(cfg), Dumper=Writer, sort_keys=False, allow_unicode=True, width=1_000_000)
 
 
-def yaml_with_comments(text: str, comments: Mapping[str, str]) -> str:
-    """The text of `to_yaml` with a comment behind each value, by dotted key; comments in one column where they fit."""
-    lines: list[tuple[str, str]] = []
-    path: list[str] = []
-    for line in text.splitlines():
-        match = re.match(r"^((?:  )*)(?!- )(\"?)([^\":]+)\2:(?: |$)", line)
-        if match is None:  # an entry of a list
-            lines.append((line, ""))
-            continue
-        depth = len(match[1]) // 2
-        path = [*path[:depth], match[3]]
-        lines.append((line, comments.get(".".join(path), "")))
-    column = min(max(len(line) for line, comment in lines if comment), 44)
-    return "".join(f"{line:<{column}}  # {comment}\n" if comment else f"{line}\n" for line, comment in lines)
-
-
 def yaml_scalar(value: Any) -> str:
     """One value, or a list of values, in one line of YAML."""
     text = yaml.dump(value, Dumper=Writer, default_flow_style=True, allow_unicode=True, width=1_000_000)
     return text.removesuffix("\n").removesuffix("\n...")
+
+
+def yaml_with_comments(values: Mapping[str, Any], comments: Mapping[str, str], align: bool = False) -> str:
+    """Nested dicts as YAML, with a comment behind each value that has one.
+
+    Args:
+        comments: dotted key -> comment.
+        align: put the comments in one column where they fit.
+    """
+    lines = [*_lines(values, comments)]
+    column = min(max((len(line) for line, comment in lines if comment), default=0), 44) if align else 0
+    return "".join(f"{line:<{column}}  # {comment}\n" if comment else f"{line}\n" for line, comment in lines)
+
+
+def _lines(
+    values: Mapping[str, Any], comments: Mapping[str, str], prefix: str = "", indent: str = ""
+) -> Iterator[tuple[str, str]]:
+    """Each line and its comment."""
+    for name, value in values.items():
+        if isinstance(value, dict) and value:
+            yield f"{indent}{yaml_scalar(name)}:", ""
+            yield from _lines(value, comments, f"{prefix}{name}.", f"{indent}  ")
+        else:
+            yield f"{indent}{yaml_scalar(name)}: {yaml_scalar(value)}", comments.get(prefix + name, "")

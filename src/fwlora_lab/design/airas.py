@@ -14,7 +14,7 @@ from fwlora_lab.design.schema import Hypothesis
 
 
 @dataclass(frozen=True)
-class Airas:
+class AirasParts:
     """The parts of a research history that say what to run.
 
     Args:
@@ -32,20 +32,20 @@ class Airas:
     environment: str | None
 
 
-def airas_part(data: Any) -> Airas | None:
+def airas_part(data: Any) -> AirasParts | None:
     """The part of a history that holds `experimental_design`; None if the data are not a history.
 
     It is at the top, under `new_method`, or in the last iteration or cycle.
     """
     if not isinstance(data, dict):
         return None
-    around: list[Any] = [data, data.get("new_method")]
+    candidates: list[Any] = [data, data.get("new_method")]
     session = data.get("research_session")
     for held, name in ((session, "iterations"), (data.get("experiment_history"), "cycles")):
         if isinstance(held, dict):
             tried = held.get(name)
-            around += [held.get("current_iteration"), *(reversed(tried) if isinstance(tried, list) else ())]
-    for part in around:
+            candidates += [held.get("current_iteration"), *(reversed(tried) if isinstance(tried, list) else ())]
+    for part in candidates:
         design = part.get("experimental_design") if isinstance(part, dict) else None
         if isinstance(design, dict):
             runs = next((r for r in (part.get("experiment_runs"), design.get("experiment_runs")) if r), [])
@@ -53,7 +53,7 @@ def airas_part(data: Any) -> Airas | None:
             names = ("research_hypothesis", "hypothesis")
             hypothesis = next((h[name] for h in holders for name in names if h.get(name)), None)
             method = part.get("method")
-            return Airas(
+            return AirasParts(
                 design,
                 runs if isinstance(runs, list) else [runs],
                 hypothesis,
@@ -87,7 +87,7 @@ _AIRAS_SETTINGS = {
 AIRAS_RUN = {"run_id": "run_id", "method_name": "method", "model_name": "model", "dataset_name": "dataset"}
 
 
-def from_airas(found: Airas, prefix: str) -> tuple[dict[str, Any], dict[str, str]]:
+def from_airas(found: AirasParts, prefix: str) -> tuple[dict[str, Any], dict[str, str]]:
     """A design as plain values, and AIRAS' spelling of its keys, which begins with `prefix`."""
     plain: dict[str, Any] = {}
     spelling: dict[str, str] = {}
@@ -147,7 +147,7 @@ def _airas_method(method: dict[str, Any]) -> dict[str, Any]:
     return plain
 
 
-def run_configs_of(found: Airas, where: str) -> dict[str, dict[str, Any]]:
+def run_configs_of(found: AirasParts, where: str) -> dict[str, dict[str, Any]]:
     """The configs that a history already holds, as examples."""
     configs = {}
     for index, run in enumerate(found.runs):

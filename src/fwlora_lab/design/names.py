@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from fwlora_lab.catalog.encoders import ENCODERS, MINILM, EncoderInfo, aliases, pinned_revisions
 from fwlora_lab.catalog.methods import METHODS, MethodName
-from fwlora_lab.catalog.tasks import GLUE
+from fwlora_lab.catalog.tasks import TASKS
 from fwlora_lab.design.request import DesignRequest
 from fwlora_lab.design.schema import DesignDataset, DesignModel
 from fwlora_lab.text import did_you_mean, one_line
@@ -105,12 +105,18 @@ def _is_pinned(pretrained_id: str) -> bool:
 
 
 def subset_of(text: str) -> str | None:
-    """`SST-2 (GLUE)` -> `sst2`."""
-    for part in (re.sub(r"\(.*?\)", "", text), *re.findall(r"\((.*?)\)", text), *text.split("/")):
-        word = re.sub(r"[^a-z0-9]", "", part.lower()).removeprefix("glue")
-        if word in GLUE:
-            return word
-    return None
+    """`SST-2 (GLUE)` -> `sst2`; None for a text that names no task of a source of several tasks."""
+    names: dict[str, str] = {}
+    for task in TASKS.values():
+        if "subset" in task.source.keys:
+            word = _letters_and_digits(task.name)
+            names |= {word: task.name, _letters_and_digits(task.source.name) + word: task.name}
+    parts = (re.sub(r"\(.*?\)", "", text), *re.findall(r"\((.*?)\)", text), *text.split("/"))
+    return next((names[word] for word in map(_letters_and_digits, parts) if word in names), None)
+
+
+def _letters_and_digits(text: str) -> str:
+    return re.sub(r"[^a-z0-9]", "", text.lower())
 
 
 def label(part: str | DesignModel | DesignDataset) -> str:

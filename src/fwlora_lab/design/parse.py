@@ -36,7 +36,7 @@ def read_text(path: Path) -> str:
             raise UserError(f"{path}: is {size:,} bytes, a request has at most {MAX_BYTES:,}: is it the right file?")
         text = path.read_bytes().decode("utf-8-sig")
     except FileNotFoundError:
-        raise UserError(f"{path}: no such file") from None
+        raise UserError(f"{path}: there is no such file") from None
     except UnicodeDecodeError as error:
         raise UserError(f"{path}: byte {error.start} is not UTF-8 text: save the file as UTF-8") from None
     except (OSError, ValueError) as error:

@@ -7,7 +7,7 @@ import re
 from dataclasses import dataclass, field
 from typing import Any
 
-from fwlora_lab.design.airas import AIRAS_NAMES, AIRAS_RUN, Airas, commits_of, environment_of, from_airas
+from fwlora_lab.design.airas import AIRAS_NAMES, AIRAS_RUN, AirasParts, commits_of, environment_of, from_airas
 from fwlora_lab.design.literals import read_fields
 from fwlora_lab.design.parse import check_design, read_json, read_yaml
 from fwlora_lab.design.request import DesignRequest
@@ -63,7 +63,7 @@ def read_prompt(text: str, source: str, kind: type[ExperimentDesign]) -> DesignR
     runs, lines = _read_runs(sections.get(_RUNS, empty), source)
     method = sections.get("Research Method", empty).text.strip() or None
     environment = sections.get("Experimental Environment", empty).text.strip() or environment_of(design)
-    found = Airas(design, runs, hypothesis, method, environment)
+    found = AirasParts(design, runs, hypothesis, method, environment)
     plain, spelling = from_airas(found, f"{_DESIGN}: ")
     spelling |= {"runs": f"{_RUNS}: runs", "hypothesis": title, "environment": "Experimental Environment"}
     lines |= dict.fromkeys(AIRAS_NAMES.values(), sections[_DESIGN].first_line)

@@ -159,7 +159,7 @@ def parse_settings(request: DesignRequest, block: str, settings: Mapping[str, An
     """
     found: dict[str, Sourced[Any]] = {}
     for name, value in settings.items():
-        if name != WARMUP_OF_LEARNING_RATE:  # reported by design/contradictions.py
+        if name != WARMUP_OF_LEARNING_RATE:  # contradictions/facts.py reports it
             location = f"{block}.{name}"
             found.setdefault(setting_key(request, location, name), Sourced(value, source_location=location))
     return found
@@ -193,6 +193,6 @@ def dataset_values(request: DesignRequest, dataset: DesignDataset, location: str
             )
         source = task.source.name
     values.setdefault("dataset.name", Sourced(source, source_location=location))
-    if source == "glue" and subset is not None:
+    if subset is not None and source == TASKS[subset].source.name:
         values.setdefault("dataset.subset", Sourced(subset, source_location=location))
     return values

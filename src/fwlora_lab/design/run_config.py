@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from fwlora_lab.config.faults import InvalidRun, Issue
 from fwlora_lab.config.validation import validate_run
-from fwlora_lab.config.yaml_writer import yaml_scalar
+from fwlora_lab.config.yaml_writer import yaml_with_comments
 from fwlora_lab.design.draft import SETTABLE_KEYS, RunDraft
 from fwlora_lab.design.request import DesignRequest
 from fwlora_lab.errors import UserError
@@ -26,7 +25,7 @@ class CommentedConfig:
     def to_yaml(self, source: str) -> str:
         """The config as YAML; its first line names the file `source` that it was made from."""
         head = f"# Generated from {one_line(Path(source).name)}. A value without a comment is stated there."
-        return "\n".join([head, *_lines(self.values, self.comments)]) + "\n"
+        return f"{head}\n{yaml_with_comments(self.values, self.comments)}"
 
 
 def to_run_config(request: DesignRequest, draft: RunDraft) -> CommentedConfig:
@@ -80,13 +79,3 @@ def _in_the_design(request: DesignRequest, draft: RunDraft, issue: Issue) -> str
             location = entry.source_location
     where = request.locate(one_line(location)) if location else request.source
     return f"{where}: run {draft.run_id}: {one_line(issue.key)}: {one_line(issue.text, 400)}"
-
-
-def _lines(values: Mapping[str, Any], comments: Mapping[str, str], prefix: str = "", pad: str = "") -> Iterator[str]:
-    for name, value in values.items():  # names of keys are plain words, which YAML writes without quotes
-        if isinstance(value, dict):
-            yield f"{pad}{name}:"
-            yield from _lines(value, comments, f"{prefix}{name}.", pad + "  ")
-        else:
-            comment = comments.get(prefix + name, "")
-            yield f"{pad}{name}: {yaml_scalar(value)}" + (f"  # {comment}" if comment else "")

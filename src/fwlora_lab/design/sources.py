@@ -18,7 +18,7 @@ from fwlora_lab.design.resolve import ResolvedDesign
 RANK = "model.lora.rank"
 
 
-class Source(Protocol):
+class ValueSource(Protocol):
     """One place that values come from."""
 
     def value_for(self, key: str, draft: RunDraft) -> Sourced[Any] | None:
@@ -26,7 +26,7 @@ class Source(Protocol):
         ...
 
 
-def fill(draft: RunDraft, sources: Iterable[Source]) -> None:
+def fill(draft: RunDraft, sources: Iterable[ValueSource]) -> None:
     """Give every key that has no value yet the value of the first source that has one."""
     for source in sources:
         for key in [*SETTABLE_KEYS, N_TRIALS]:
@@ -36,14 +36,14 @@ def fill(draft: RunDraft, sources: Iterable[Source]) -> None:
                     draft.values[key] = value
 
 
-def stated_sources(design: ResolvedDesign) -> list[Source]:
+def stated_sources(design: ResolvedDesign) -> list[ValueSource]:
     """The sources of what the design states."""
-    return [Settings(design), Model(), FixedRanges(design)]
+    return [StatedSettings(design), NamedModel(), FixedRanges(design)]
 
 
-def inferred_sources(design: ResolvedDesign) -> list[Source]:
+def inferred_sources(design: ResolvedDesign) -> list[ValueSource]:
     """The sources of all other values, in their order."""
-    return [Budgets(design), Prose(design), ExampleOutput(design), LanguageModel(design), Defaults()]
+    return [ListedBudgets(design), ProseValues(design), ExampleOutput(design), LanguageModelAnswer(design), Defaults()]
 
 
 def search_space(design: ResolvedDesign, draft: RunDraft) -> dict[str, SearchEntry]:
@@ -57,7 +57,7 @@ def search_space(design: ResolvedDesign, draft: RunDraft) -> dict[str, SearchEnt
     return {key: entry for key, entry in found.items() if draft.applies(key)}
 
 
-class Settings:
+class StatedSettings:
     """The settings of the run, its method, its data set and the whole design."""
 
     def __init__(self, design: ResolvedDesign) -> None:
@@ -72,7 +72,7 @@ class Settings:
         return Sourced(self.n_trials, source_location="n_trials") if self.n_trials is not None else None
 
 
-class Model:
+class NamedModel:
     """The model that the run names."""
 
     def value_for(self, key: str, draft: RunDraft) -> Sourced[Any] | None:
@@ -98,7 +98,7 @@ class FixedRanges:
         return _fixed(draft.method.spaces.get(key) or self.spaces.get(key), draft)
 
 
-class Budgets:
+class ListedBudgets:
     """The parameter budget: the run's own, that of its example output, or the middle of those the design lists."""
 
     def __init__(self, design: ResolvedDesign) -> None:
@@ -123,7 +123,7 @@ class Budgets:
         return Sourced(middle, f"the middle of {listed}; the run names none", self.source_location)
 
 
-class Prose:
+class ProseValues:
     """Numbers in the design's prose; of several for one key the first."""
 
     def __init__(self, design: ResolvedDesign) -> None:
@@ -166,7 +166,7 @@ class ExampleOutput:
         return _from_example(run_id, N_TRIALS, largest, note)
 
 
-class LanguageModel:
+class LanguageModelAnswer:
     """What a language model answered where the request states nothing."""
 
     def __init__(self, design: ResolvedDesign) -> None:

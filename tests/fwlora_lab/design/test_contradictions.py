@@ -5,6 +5,8 @@ pytest tests/fwlora_lab/design/test_contradictions.py
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 from designs import design, kinds
 
@@ -79,3 +81,12 @@ def test_a_registered_task_that_only_the_prose_names_is_left_out(monkeypatch):
     assert ("left out", "data set toy is demanded by the prose, no run has it") in found
     k_of_toy = "K = 500 leaves no step of the 60 of toy (640 examples, batch 32, 3 epochs)"
     assert ("K against steps", k_of_toy) in found
+
+
+@pytest.mark.parametrize("name", ["lambda_fw", "penalty_strength", "fw_lora.penalty_strength", "weight_decay"])
+def test_methods_are_tuned_alike_in_what_they_share(name):
+    dimension = {"type": "loguniform", "low": 1e-5, "high": 1e-3}
+    examples = {"a": {"optuna": {"search_space": {name: dimension}}}, "b": {"optuna": {"n_trials": None}}}
+    found = generate_configs(replace(design(), examples=examples)).contradictions
+    unequal = [c.text for c in found if c.kind == "unequal tuning"]
+    assert unequal == (["weight_decay is searched in one run only"] if name == "weight_decay" else [])

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -60,8 +61,8 @@ def write(path: Path, text: str) -> str:
 
 
 def test_a_design_file_in_yaml_and_in_json_is_the_same(tmp_path):
-    request = read_request(write(tmp_path / "d.yaml", DESIGN))
-    design = request.design
+    request: Any = read_request(write(tmp_path / "d.yaml", DESIGN))
+    design: Any = request.design
     assert design.comparative_methods[0] == "LoRA"
     assert design.comparative_methods[1].n_trials == 7
     assert str(request.locate("comparative_methods.1.n_trials", 7)) == (
@@ -79,8 +80,8 @@ def test_the_schema_is_that_of_the_design():
 
 
 def test_the_prompt_text(tmp_path):
-    request = read_request(write(tmp_path / "r.txt", PROMPT))
-    design = request.design
+    request: Any = read_request(write(tmp_path / "r.txt", PROMPT))
+    design: Any = request.design
     assert design.hypothesis.method == "It's FW-LoRA"
     assert design.hypothesis.experimental_setup.endswith("3 epochs,\nbatch 32")
     assert design.models == ["roberta-base (110M)"]
@@ -147,7 +148,7 @@ NEW = {
     ],
 )
 def test_a_research_history_of_the_first_generation(tmp_path, history):
-    design = read_request(write(tmp_path / "h.json", json.dumps(history))).design
+    design: Any = read_request(write(tmp_path / "h.json", json.dumps(history))).design
     assert design.models == ["roberta-base"] and design.metrics == ["Accuracy"]
     assert [(r.run_id, r.method, r.dataset) for r in design.runs] == [("r", "proposed", "SST-2")]
     if "research_session" in history:
@@ -156,7 +157,7 @@ def test_a_research_history_of_the_first_generation(tmp_path, history):
 
 def test_a_research_history_of_the_second_generation(tmp_path):
     history = {"research_hypothesis": {"method": "m"}, "experimental_design": NEW, "experiment_runs": []}
-    request = read_request(write(tmp_path / "h.json", json.dumps(history)))
+    request: Any = read_request(write(tmp_path / "h.json", json.dumps(history)))
     method = request.design.proposed_method
     assert (method.name, method.n_trials) == ("FW-LoRA", 5)
     assert method.settings == {"learning_rate": 1e-4, "epochs": 3, "training.warmup_steps": 100}
@@ -191,8 +192,8 @@ Output:
 
 
 def test_the_prompt_of_the_second_generation(tmp_path):
-    request = read_request(write(tmp_path / "r.txt", PROMPT_2))
-    design = request.design
+    request: Any = read_request(write(tmp_path / "r.txt", PROMPT_2))
+    design: Any = request.design
     assert design.hypothesis.experimental_setup == "3 epochs" and "cpu_cores" in design.environment
     assert design.metrics == ["Matthews Correlation"] and design.runs == []
     proposed, (compared,) = design.proposed_method, design.comparative_methods
@@ -216,7 +217,7 @@ def test_runs_as_printed_objects_and_without_what_the_design_has_once(tmp_path):
     printed = "[ExperimentRun(run_id='a', method_name='proposed', model_name=None, dataset_name='SST-2 (GLUE)', "
     printed += "run_config='training:\\n  epochs: 4\\n', results=None)]"
     text = PROMPT[:start] + printed + "\n\n# Experimental Environment\nOne GPU\n"
-    request = read_request(write(tmp_path / "r.txt", text))
+    request: Any = read_request(write(tmp_path / "r.txt", text))
     assert [(r.run_id, r.method, r.model, r.dataset) for r in request.design.runs] == [
         ("a", "proposed", None, "SST-2 (GLUE)")
     ]
@@ -231,7 +232,7 @@ def test_the_last_cycle_of_a_history(tmp_path):
 
 def test_configs_that_a_history_holds_are_examples(tmp_path):
     run = {**RUN, "run_config": "training:\n  epochs: 4\n"}
-    request = read_request(
+    request: Any = read_request(
         write(tmp_path / "h.json", json.dumps({"experimental_design": OLD, "experiment_runs": [run]}))
     )
     assert request.examples == {"r": {"training": {"epochs": 4}}}

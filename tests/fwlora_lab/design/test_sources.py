@@ -122,3 +122,16 @@ def test_the_requests_own_words_for_settings_are_understood():
     )
     assert fw["fw_lora"] == {"penalty_strength": 0.01, "warmup_steps": 300, "fisher_ema_decay": 0.9}
     assert list(fw["optuna"]["search_space"]) == ["max_weight_ratio"]
+
+
+def test_a_methods_own_ranges_win_over_the_designs_and_settings_over_both():
+    own = {"learning_rate": "1e-5-1e-3", "batch_size": 8, "weight_decay": "0.03"}
+    fw, lora = configs(
+        comparative_methods=[{"name": "LoRA", "hyperparameters_to_search": own}],
+        hyperparameters_to_search={"learning_rate": "1e-4-3e-4", "batch_size": 16, "weight_decay": 0.02, "epochs": 5},
+        settings={"epochs": 2, "weight_decay": 0.01},
+    )
+    for cfg, low, batch_size in ((fw, 1e-4, 16), (lora, 1e-5, 8)):
+        assert cfg["optuna"]["search_space"]["learning_rate"]["low"] == low
+        assert cfg["training"]["batch_size"] == batch_size
+        assert (cfg["training"]["epochs"], cfg["training"]["weight_decay"]) == (2, 0.01)

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import pytest
 
+from fwlora_lab.config.keys import LEAVES
+from fwlora_lab.config.schema import RunConfig
 from fwlora_lab.design.spaces import parse_space
 from fwlora_lab.errors import UserError
 
@@ -64,3 +66,19 @@ def test_faults_of_ranges_are_said():
     for text in ("", "a b", "1e-4-", "-", ",", "1e999-2", "1-2-3", "9" * 30 + "-1", "x" * 200):
         with pytest.raises(UserError):
             parse_space("learning_rate", text)
+
+
+def test_the_keys_that_count_are_those_of_whole_numbers_in_the_schema():
+    schema = RunConfig.model_json_schema()
+
+    def is_whole(key: str) -> bool:
+        block = schema
+        for part in key.split("."):
+            block = block["properties"][part]
+            block = schema["$defs"][block["$ref"].rsplit("/", 1)[-1]] if "$ref" in block else block
+        types = {choice.get("type") for choice in block.get("anyOf", [block])}
+        return "integer" in types and "number" not in types
+
+    searched = [k for k in LEAVES if k.split(".")[0] in ("model", "dataset", "training", "fw_lora", "adalora")]
+    counts = [k for k in searched if (parse_space(k, "3e2-8e2").dimension or {}).get("type") == "int"]
+    assert sorted(counts) == sorted([*filter(is_whole, searched), "fw_lora.warmup_steps"])

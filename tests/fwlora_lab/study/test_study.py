@@ -309,7 +309,7 @@ def test_the_dry_run_says_what_is_left_and_trains_nothing(world, capsys):
     assert [line.split()[-4:-1] for line in lines[1:5]] == [["1", "30", "0"]] * 2 + [["0", "31", "0"]] * 2
     assert " ".join(lines[5:]).endswith("28, 29, 30; nothing was trained")
     assert sorted(world.results.rglob("*")) == before
-    record = find_records(world.results)[0]
+    record = find_records(world.results).records[0]
     assert record.times is not None
     assert rows[1].seconds / 3 < 30 * (record.times.train_seconds + record.times.eval_seconds)
 

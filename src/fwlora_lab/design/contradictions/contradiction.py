@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 from fwlora_lab.design.draft import RunDraft
 from fwlora_lab.design.plan import DesignPlan
@@ -13,18 +13,23 @@ from fwlora_lab.design.prose import ProseNumber
 from fwlora_lab.design.request import Place
 from fwlora_lab.text import one_line
 
+ContradictionKind = Literal[
+    "K against steps", "left out", "method", "model size", "one split", "range", "rank against budget", "search space",
+    "target modules", "two values", "unequal tuning", "unsupported",
+]  # fmt: skip
+
 
 @dataclass(frozen=True)
 class Contradiction:
     """Two statements that cannot both hold.
 
     Args:
-        kind: a short name for contradictions of this sort.
+        kind: what sort of statements they are.
         text: what contradicts what.
         places: the two statements, each with its file and line.
     """
 
-    kind: str
+    kind: ContradictionKind
     text: str
     places: tuple[Place, Place]
 

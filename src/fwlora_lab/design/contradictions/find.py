@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from fwlora_lab.design.contradictions import facts, searches, texts
-from fwlora_lab.design.contradictions.contradiction import Contradiction
+from fwlora_lab.design.contradictions.contradiction import Contradiction, ContradictionKind
 from fwlora_lab.design.plan import DesignPlan
 
 _CHECKS = (
@@ -28,7 +28,7 @@ _CHECKS = (
 
 def find_contradictions(plan: DesignPlan) -> list[Contradiction]:
     """All contradictions of a design; of several with the same text the first."""
-    found: dict[tuple[str, str], Contradiction] = {}
+    found: dict[tuple[ContradictionKind, str], Contradiction] = {}
     for check in _CHECKS:
         for item in check(plan):
             found.setdefault((item.kind, item.text), item)

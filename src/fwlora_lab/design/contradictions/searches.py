@@ -8,7 +8,7 @@ from itertools import pairwise
 from typing import Any
 
 from fwlora_lab.catalog.methods import METHODS
-from fwlora_lab.config.keys import KEYS, search_key
+from fwlora_lab.config.keys import search_key
 from fwlora_lab.design.contradictions.contradiction import Contradiction, in_json, origin
 from fwlora_lab.design.draft import RunDraft, SearchEntry
 from fwlora_lab.design.examples import example_space
@@ -83,7 +83,6 @@ def _example_dimension(
 def tuning_of_examples(plan: DesignPlan) -> Iterator[Contradiction]:
     """More trials or a wider search for one method than for another in the request's own example output."""
     examples = [(i, e) for i, e in plan.resolved.examples.items() if isinstance(e.get("optuna"), dict)]
-    own = {key.rsplit(".", 1)[-1] for key in KEYS if key.startswith(_METHOD_BLOCKS)}
     for (first_id, first), (second_id, second) in pairwise(examples):
         first_trials, second_trials = first["optuna"].get("n_trials"), second["optuna"].get("n_trials")
         if first_trials != second_trials:
@@ -99,7 +98,7 @@ def tuning_of_examples(plan: DesignPlan) -> Iterator[Contradiction]:
         for name in dict.fromkeys([*first_space, *second_space]):
             one, two = first_space.get(name), second_space.get(name)
             is_alike = one is not None and two is not None and _ends(one) == _ends(two)
-            if name in own or is_alike:
+            if search_key(name).startswith(_METHOD_BLOCKS) or is_alike:
                 continue
             how = "searched in one run only" if one is None or two is None else "searched more widely in one"
             yield Contradiction(
