@@ -174,6 +174,48 @@ def test_hydra_and_omegaconf_are_used_through_one_module(name: str) -> None:
     assert not [n for n in imports(name, typing=True) if n.split(".")[0] in ("hydra", "omegaconf", "hydra_plugins")]
 
 
+@pytest.mark.parametrize("name", MODULES)
+def test_nothing_is_too_long_to_read(name: str) -> None:
+    """Modules of 500 lines, classes of 300, functions of 80, unless a docstring says why: "Long because …"."""
+    source = MODULES[name].read_text()
+    assert source.count("\n") <= 500
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
+            lines = (node.end_lineno or node.lineno) - node.lineno + 1
+            excused = "Long because" in (ast.get_docstring(node) or "")
+            assert lines <= (300 if isinstance(node, ast.ClassDef) else 80) or excused, f"{node.name}: {lines} lines"
+
+
+# Libraries that say only in words what happened: each place names the library and its version in a comment.
+ONLY_IN_WORDS = {"fwlora_lab.files", "fwlora_lab.search.shared_study"}
+
+
+@pytest.mark.parametrize("name", [n for n in MODULES if n not in ONLY_IN_WORDS])
+def test_nothing_is_decided_by_the_wording_of_a_message(name: str) -> None:
+    """No comparison with, and no `startswith` on, an error's, a warning's or an issue's text."""
+
+    def is_message(node: ast.AST) -> bool:
+        text = ast.unparse(node)
+        return bool(
+            re.fullmatch(r"(str\((e|error|exc|warning)\)|\w*(error|issue|warning|w)\.(message|text|msg))", text)
+        )
+
+    for node in ast.walk(ast.parse(MODULES[name].read_text())):
+        if isinstance(node, ast.Compare):
+            sides = [node.left, *node.comparators]
+            literal = any(isinstance(side, ast.Constant) and isinstance(side.value, str) for side in sides)
+            assert not (literal and any(map(is_message, sides))), ast.unparse(node)
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute):
+            if node.func.attr in ("startswith", "endswith"):
+                assert not is_message(node.func.value), ast.unparse(node)
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_every_module_says_what_it_holds(name: str) -> None:
+    docstring = ast.get_docstring(ast.parse(MODULES[name].read_text())) or ""
+    assert len(docstring.split()) > 3
+
+
 def test_help_loads_no_slow_package() -> None:
     """Neither of `fwlora` nor of any of its commands, so that each is there at once."""
     code = (

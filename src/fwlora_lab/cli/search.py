@@ -6,16 +6,19 @@ from fwlora_lab.cli.grammar import CONFIG_DIR, WORKERS, Argument, Arguments, Com
 from fwlora_lab.cli.train import RUN, named_run, packaged_runs
 from fwlora_lab.errors import UserError
 
-_LAUNCHER = ("hydra/launcher=", "hydra.launcher.")
+_LAUNCHER = "hydra/launcher"
+_LAUNCHER_OVERRIDES = (f"{_LAUNCHER}=", "hydra.launcher.")
 
 
 def _run(arguments: Arguments) -> int:
     run = named_run(arguments)
     workers = arguments.whole_number("workers", 1)
-    launcher = [word for word in arguments.overrides if word.lstrip("+").startswith(_LAUNCHER)]
+    launcher = [word for word in arguments.overrides if word.lstrip("+").startswith(_LAUNCHER_OVERRIDES)]
+    overrides = [word for word in arguments.overrides if word not in launcher]
+    if (name := arguments.get(_LAUNCHER)) is not None:
+        launcher.insert(0, f"{_LAUNCHER}={name}")
     if launcher and arguments.get("workers") is None:
         raise UserError(f"{launcher[0]}: say how many workers it is to start, as in workers=4.")
-    overrides = [word for word in arguments.overrides if word not in launcher]
     from fwlora_lab.config.load import expand_runs
 
     configs = expand_runs(run, overrides, config_dir=arguments.get("config_dir"))
@@ -36,7 +39,7 @@ COMMAND = Command(
     arguments=(
         RUN,
         WORKERS,
-        Argument("hydra/launcher", "what starts the workers: joblib, submitit_local, submitit_slurm", "NAME"),
+        Argument(_LAUNCHER, "what starts the workers: joblib, submitit_local, submitit_slurm", "NAME"),
         CONFIG_DIR,
     ),
     overrides=True,

@@ -1,4 +1,4 @@
-"""The report's headline."""
+"""The report's headline: the outcome of the study in a sentence or two."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""TODO"""
+"""Where training runs: device, precision, and memory."""
 
 from __future__ import annotations
 

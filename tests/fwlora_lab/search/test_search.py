@@ -155,7 +155,7 @@ def test_a_search_goes_on_where_its_data_were_moved(world, tmp_path):
     assert run_search(config(world, optuna__n_trials=1)) == 0
     moved = shutil.copytree(Path(world.train_file).parent, tmp_path / "moved")
     train, dev = (moved / Path(name).name for name in (world.train_file, world.dev_file))
-    there = {"dataset__train_file": str(train), "dataset__eval_file": str(dev)}
+    there: dict[str, Any] = {"dataset__train_file": str(train), "dataset__eval_file": str(dev)}
     cfg = config(world, optuna__n_trials=2, **there)
     assert run_search(cfg) == 0
     assert states(cfg) == ["COMPLETE"] * 2
@@ -219,7 +219,7 @@ def test_values_that_do_not_go_together_fail_and_the_others_go_on(world):
     cfg = config(world, "fw_lora", space=space, optuna__sampler="random", optuna__n_trials=5, training__epochs=1)
     assert run_search(cfg) == 0
     causes = {t.params["fw_lora.warmup_steps"]: cause_of(t) for t in trials_of(cfg)}
-    assert causes[6] is None and "is not smaller than the 10 optimiser steps" in causes[5000]
+    assert causes[6] is None and "is not smaller than the 10 optimiser steps" in (causes[5000] or "")
 
 
 def test_only_failures(world, capsys):
@@ -406,7 +406,7 @@ def test_a_trial_that_kills_every_worker_is_given_up(study, monkeypatch):
         claims += 1
         assert claims <= 3
     assert claims == 3
-    assert "its worker died 3 times" in cause_of(shared.trials()[-1])
+    assert "its worker died 3 times" in (cause_of(shared.trials()[-1]) or "")
     assert [is_counted(t) for t in shared.trials()] == [False, False, True]
 
 

@@ -20,6 +20,7 @@ import tempfile
 import time
 from collections import Counter
 from collections.abc import Iterator
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 import optuna
@@ -180,7 +181,7 @@ def test_ctrl_c_once_finishes_the_running_trials_twice_stops_at_once(world, tmp_
     cfg = config(world, 4, n_jobs=2)
     path = tmp_path / "log"
 
-    def start() -> multiprocessing.process.BaseProcess:
+    def start() -> BaseProcess:
         process = PROCESSES.Process(target=stoppable, args=(cfg.model_dump_json(), str(path)))
         process.start()
         wait_for_a_trial(cfg, "RUNNING")
