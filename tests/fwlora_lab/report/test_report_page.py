@@ -236,7 +236,7 @@ def test_numbers_are_copied_as_csv(page, folder):
         "navigator.clipboard.readText().then(arguments[0], e => arguments[0](String(e)))"
     )
     assert copied == (folder / "comparison" / "comparisons.csv").read_text()
-    assert page.find_element("id", "said").get_attribute("textContent") == "copied", "screen readers hear it"
+    assert page.find_element("id", "announcement").get_attribute("textContent") == "copied", "screen readers hear it"
     figure = page.find_element("css selector", "#scores ~ .figures figure")
     figure.find_element("css selector", "button").click()
     wait_for(page, "return document.querySelector('#scores ~ .figures figure .message').textContent", "copied")
