@@ -11,6 +11,9 @@ import warnings
 from collections.abc import Mapping
 from typing import Any
 
+from fwlora import config as core
+
+# Where the core had the same former name, it means the same there; lambda_fw and fisher_alpha are the request's.
 FORMER_KEYS = {
     "fw_lora.lambda_fw": "fw_lora.penalty_strength",
     "fw_lora.fisher_alpha": "fw_lora.fisher_ema_decay",
@@ -22,8 +25,7 @@ FORMER_KEYS = {
     "dataset.selection_fraction": "dataset.validation_fraction",
 }
 FORMER_VALUES = {
-    "fw_lora.averaging": {"share": "normalized"},
-    "fw_lora.weighting": {"share": "importance"},
+    **{f"fw_lora.{name}": values for name, values in core.FORMER_VALUES.items()},
     "training.evaluate_on": {"selection": "validation"},
 }
 _STORED_KEYS = {new: old for old, new in FORMER_KEYS.items()}

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import pytest
 
+from fwlora import config as core
 from fwlora_lab.config import former_names
 from fwlora_lab.config.fingerprint import fingerprint
 from fwlora_lab.config.keys import KEYS, search_key
@@ -92,6 +93,13 @@ def test_a_former_name_beside_its_present_one_is_a_fault(tmp_path):
         pytest.warns(FutureWarning),
     ):
         load_run(str(path))
+
+
+def test_the_core_and_the_lab_read_a_former_name_alike():
+    own = {key: new for key, new in former_names.FORMER_KEYS.items() if key.startswith("fw_lora.")}
+    assert len(own) == 7
+    for key, new in own.items():
+        assert f"fw_lora.{core.FORMER_NAMES[key.removeprefix('fw_lora.')]}" == new
 
 
 def test_names_there_and_back():
