@@ -133,4 +133,4 @@ def test_a_checkpoint_without_the_state_is_refused(tmp_path):
 
 def test_a_warmup_that_fills_the_run_is_refused(tmp_path):
     with pytest.raises(ValueError, match="only 10 optimizer steps"):
-        train(tmp_path, bert(), FWLoraCallback()).train()
+        train(tmp_path, bert(), FWLoraCallback(FWLoraConfig(warmup_steps=500))).train()
