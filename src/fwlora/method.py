@@ -31,6 +31,7 @@ from fwlora.capture import AdapterCapture, Capture, HookCapture
 from fwlora.config import FWLoraConfig
 from fwlora.estimators import hooked_estimator, update_average
 from fwlora.penalty_step import PenaltyStep
+from fwlora.sharding import refuse_flat_parameters
 from fwlora.trained import TrainedAdapters
 from fwlora.warmup import LATEST, SplitHalf
 from fwlora.weighting import importance, penalty_weights
@@ -77,6 +78,7 @@ class FisherWeightedLoRA:
         self.warmup_steps = config.resolve_warmup_steps(total_steps)
         self.phase: Phase = "warmup"
         self._model = model
+        refuse_flat_parameters(model)
         self._trained = TrainedAdapters(find_targets(model), optimizer)
         self.targets = [t for t in self._trained.targets if t.pairs]
         if not self.targets:

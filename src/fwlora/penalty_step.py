@@ -94,8 +94,7 @@ class PenaltyStep:
                 by_group.setdefault(id(group), []).append(i)
         for chosen in by_group.values():
             lr = cast(float, groups[chosen[0]]["lr"])  # type: ignore[index]
-            steps = torch._foreach_mul(self._pieces(terms, chosen), -lr)
-            _add([self.factors.local(i) for i in chosen], list(steps))
+            _add([self.factors.local(i) for i in chosen], [-lr * piece for piece in self._pieces(terms, chosen)])
 
     def _pieces(self, terms: list[Tensor], chosen: list[int]) -> list[Tensor]:
         return [self.factors.piece(i, terms[i]) for i in chosen]
@@ -114,6 +113,8 @@ class PenaltyStep:
 
 
 def _add(targets: list[Tensor], terms: list[Tensor]) -> None:
+    if not targets:  # another process holds all pieces
+        return
     if len({id(t) for t in targets}) == len(targets):
         torch._foreach_add_(targets, terms)
     else:  # tied adapters: the batched addition may race on a tensor that is listed twice

@@ -45,12 +45,20 @@ class Factors:
         full: the full factors, [r, d_in] and [d_out, r]: the parameters themselves where nothing is split. Otherwise
             call `gather` before they are read.
         is_split: whether any factor may be held by several processes in pieces.
+
+    Raises:
+        ValueError: a split that is not FSDP's, or one of FSDP1 that `model` does not know about.
     """
 
     def __init__(self, parameters: Sequence[nn.Parameter], model: nn.Module) -> None:
         self._parameters = list(parameters)
         flat = _flat_pieces(model)
         self._pieces = [flat.get(id(p)) or _rows(p) for p in parameters]
+        if any(piece is None and p.dim() != 2 for piece, p in zip(self._pieces, parameters, strict=True)):
+            raise ValueError(
+                "fwlora cannot read how FullyShardedDataParallel split these adapters, because it was attached to a "
+                "model inside of the wrapper: attach to the wrapped model, after the optimizer was made."
+            )
         self.is_split = any(piece is not None for piece in self._pieces)
         self.full: list[Tensor] = list(parameters)
         self._buffers: list[tuple[Any, Tensor]] = []
@@ -157,16 +165,24 @@ def _flat_pieces(model: nn.Module) -> dict[int, _Piece]:
     for module in model.modules():
         handle: Any = getattr(module, "_handle", None)
         flat: Any = getattr(handle, "flat_param", None)
-        if flat is None:
-            continue
-        if flat._params is None:
-            raise ValueError(
-                "fwlora cannot work with FullyShardedDataParallel(use_orig_params=False), which hides the adapters in "
-                "one flat parameter: pass use_orig_params=True, or use fully_shard (FSDP2)."
-            )
-        if not handle.uses_sharded_strategy:
+        if flat is None or flat._params is None or not handle.uses_sharded_strategy:
             continue
         for parameter, info, shape in zip(flat._params, flat._shard_param_infos, flat._shapes, strict=True):
             start, stop = (info.intra_param_start_idx, info.intra_param_end_idx + 1) if info.in_shard else (0, 0)
             pieces[id(parameter)] = _Piece(tuple(shape), start, stop, handle.process_group)
     return pieces
+
+
+def refuse_flat_parameters(model: nn.Module) -> None:
+    """Refuse FSDP1 without use_orig_params, which leaves no adapter to be seen.
+
+    Raises:
+        ValueError: a part of the model is wrapped like that.
+    """
+    for module in model.modules():
+        flat: Any = getattr(getattr(module, "_handle", None), "flat_param", None)
+        if flat is not None and flat._params is None:
+            raise ValueError(
+                "fwlora cannot work with FullyShardedDataParallel(use_orig_params=False), which hides the adapters in "
+                "one flat parameter: pass use_orig_params=True, or use fully_shard (FSDP2)."
+            )

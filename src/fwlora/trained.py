@@ -111,7 +111,7 @@ class TrainedAdapters:
                         (holder, adapter, linear, factor, bool(factor is not None and factor.requires_grad))
                     )
         self._groups_seen = [(g, list(g["params"])) for g in self._optimizer.param_groups]
-        self._type_seen = [(f.device, f.dtype) for f in self.factors[:1]]
+        self._first_seen = self._first_factor()
 
     def _is_unchanged(self) -> bool:
         for own, active, is_off in self._layers_seen:
@@ -127,10 +127,14 @@ class TrainedAdapters:
             ):
                 return False
         groups = self._optimizer.param_groups
-        if len(groups) != len(self._groups_seen) or self._type_seen != [(f.device, f.dtype) for f in self.factors[:1]]:
+        if len(groups) != len(self._groups_seen) or self._first_factor() != self._first_seen:
             return False
         for group, (seen, parameters) in zip(groups, self._groups_seen, strict=True):
             now = group["params"]
             if group is not seen or len(now) != len(parameters) or any(map(operator.is_not, now, parameters)):
                 return False
         return True
+
+    def _first_factor(self) -> list[Any]:
+        """What moving the model (`.to`) or splitting it (FSDP1) changes about parameters that stay the same objects."""
+        return [(f.device, f.dtype, f.shape) for f in self.factors[:1]]

@@ -42,8 +42,8 @@ MUTANTS = {
     ),
     "the sign of the decoupled step flipped": (
         "penalty_step",
-        "self._pieces(terms, chosen), -lr)",
-        "self._pieces(terms, chosen), lr)",
+        "[-lr * piece for piece",
+        "[lr * piece for piece",
         lambda: test_method.test_100_steps_equal_the_naive_oracle("linear", "decoupled", "update"),
     ),
     "F not normalised": (

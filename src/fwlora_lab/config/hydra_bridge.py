@@ -262,8 +262,8 @@ def compose(file: Path, overrides: Sequence[str], composition: Composition) -> d
             if (found := _unresolvable(config)) is None:
                 raise
             raise UserError(
-                f"{file}: {found[0]}: the reference {found[1]} cannot be followed: it leads in a circle, or to nothing; "
-                "write the value out"
+                f"{file}: {found[0]}: the reference {found[1]} cannot be followed: it leads in a circle, or to "
+                "nothing; write the value out"
             ) from None
     return _without_missing(composed)
 
