@@ -423,7 +423,7 @@ def attach(
         ValueError: nothing to attach to, or a layer, adapter, optimizer or setting that the method is not
             defined for. The message says what to do.
     """
-    refuse_deepspeed([], optimizer)
+    refuse_deepspeed(model.parameters(), optimizer)
     if isinstance(getattr(optimizer, "optimizer", None), torch.optim.Optimizer):
         # Accelerate's wrapper calls itself an Optimizer, but has none of its hooks.
         scaler = getattr(optimizer, "scaler", None) if scaler is None else scaler
