@@ -201,7 +201,7 @@ class FisherWeightedLoRA:
             "config": asdict(self.config),
             "warmup_steps": self.warmup_steps,
             "observations": self._observations,
-            "split_half": self._split_half.state_dict(),
+            **self._split_half.state_dict(self._fisher),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -222,10 +222,10 @@ class FisherWeightedLoRA:
         self.step = int(state["step"])
         self._fisher.copy_(state["fisher"])
         self._skipped.copy_(state["skipped"])
-        if self.warmup_steps is None and "split_half" in state:  # not in states from before version 0.2
-            self.warmup_steps = state["warmup_steps"]
+        if "half_fisher" in state:  # not in states from before version 0.2
+            self.warmup_steps = self.warmup_steps or state["warmup_steps"]
             self._observations = state["observations"]
-            self._split_half.load_state_dict(state["split_half"])
+            self._split_half.load_state_dict({**state, "half_fisher": state["half_fisher"].to(self._fisher)})
         self._capture.forget()
         if self.warmup_steps is not None and self.step >= self.warmup_steps:
             self._freeze()
