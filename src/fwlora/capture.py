@@ -13,6 +13,7 @@ from __future__ import annotations
 import contextlib
 import warnings
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import partial
 from typing import Any, Protocol, cast
 
@@ -73,6 +74,18 @@ class AdapterCapture:
         pass
 
 
+@dataclass
+class _Passed:
+    """What a backward pass has gathered of a target.
+
+    `continues` says whether the gradients of earlier passes of the step were still there when it began, a boolean
+    tensor; None if there were none: no earlier pass, or its gradients were set to None.
+    """
+
+    statistic: Tensor
+    continues: Tensor | None
+
+
 class HookCapture:
     """The hooked estimators: a forward hook on each target, whose backward pass hands over G and X.
 
@@ -110,7 +123,7 @@ class HookCapture:
         self._scaler = scaler
         self._group = group
         # Statistics of the backward passes under way, by the number of autograd's task and the target.
-        self._passes: dict[int, dict[int, Tensor]] = {}
+        self._passes: dict[int, dict[int, _Passed]] = {}
         # Statistics of the step: what passes have accumulated into `.grad` since the last optimizer step.
         self._sums: list[Tensor | None] = [None] * len(targets)
         self._accumulated: set[int] = set()  # targets whose factors got a gradient in this step
@@ -202,25 +215,12 @@ class HookCapture:
             engine = cast(Any, torch.autograd.Variable)._execution_engine
             engine.queue_callback(partial(self._passes.pop, task, None))
         passed = self._passes[task]
-        if index not in passed:
-            self._drop_if_zeroed(index)
-        before = passed.get(index)
-        passed[index] = statistic if before is None else before.add_(statistic)
-
-    def _drop_if_zeroed(self, index: int) -> None:
-        """Without waiting for the device: drop earlier passes of this step whose gradients were zeroed since."""
-        before = self._sums[index]
-        if before is None:
-            return
-        grads = [f.grad for f in _factors(self._targets[index]) if f.grad is not None]
-        if not grads:
-            self._sums[index] = None
-        elif self._keeps_sums:
-            before.masked_fill_(~_any_nonzero(grads).to(before.device), 0)
-        elif bool(_any_nonzero(grads)):
-            self._keep_sums_from_the_next_step_on()
+        if index in passed:
+            passed[index].statistic.add_(statistic)
         else:
-            self._sums[index] = None
+            before = [f.grad for f in _factors(self._targets[index]) if f.grad is not None]
+            nothing = self._sums[index] is None or not before
+            passed[index] = _Passed(statistic, None if nothing else _any_nonzero(before))
 
     def _commit(self, indices: list[int], factor: Tensor) -> None:
         """The pass has accumulated into a factor's `.grad`, after all its uses: its statistics belong to the step."""
@@ -232,13 +232,20 @@ class HookCapture:
             self._keeps_sums = True  # Accelerate and the Trainer say so: further micro-batches will follow
             self._say_what_sums_take("micro-batches are accumulated")
         for i in indices:
-            if (statistic := passed.pop(i, None)) is None:
-                continue
-            before = self._sums[i]
-            if before is not None:
-                self._sums[i] = before.add_(statistic)
-            else:
-                self._sums[i] = statistic if self._keeps_sums else self._estimator.reduce(statistic)
+            if (part := passed.pop(i, None)) is not None:
+                self._add(i, part)
+
+    def _add(self, index: int, part: _Passed) -> None:
+        before = self._sums[index]
+        if part.continues is None or before is None:
+            self._sums[index] = part.statistic if self._keeps_sums else self._estimator.reduce(part.statistic)
+        elif self._keeps_sums:  # without waiting for the device
+            before.masked_fill_(~part.continues.to(before.device), 0)
+            self._sums[index] = before.add_(part.statistic)
+        elif bool(part.continues):
+            self._keep_sums_from_the_next_step_on()
+        else:
+            self._sums[index] = self._estimator.reduce(part.statistic)
 
     # What cannot be seen
 
@@ -253,10 +260,11 @@ class HookCapture:
 
     def _say_what_sums_take(self, why: str) -> None:
         if self._bytes > SMALL:
+            name = self._estimator.config.estimator
+            cure = "Fewer sketch_columns need less" if name == "sketch" else "estimator='sketch' needs a small part of it"
             _warn(
-                f"{why}, so that estimator={self._estimator.config.estimator!r} keeps a statistic of every matrix "
-                f"until optimizer.step: {self._bytes / 2**30:.2f} GiB for {len(self._targets)} matrices. "
-                "estimator='sketch' needs a small part of it"
+                f"{why}, so that estimator={name!r} keeps a statistic of every matrix until optimizer.step: "
+                f"{self._bytes / 2**30:.2f} GiB for {len(self._targets)} matrices. {cure}"
             )
 
     def _keep_a_copy_of_the_inputs(self, index: int) -> None:

@@ -90,8 +90,8 @@ MUTANTS = {
     ),
     "micro-batches averaged after the norm": (
         "capture",
-        "self._sums[i] = before.add_(statistic)",
-        "self._sums[i] = statistic",
+        "self._sums[index] = before.add_(part.statistic)",
+        "self._sums[index] = part.statistic",
         lambda: test_method.test_exact_is_the_gradient_of_an_unfrozen_twin("linear", 2),
     ),
 }
