@@ -127,6 +127,7 @@ class HookCapture:
         # Statistics of the step: what passes have accumulated into `.grad` since the last optimizer step.
         self._sums: list[Tensor | None] = [None] * len(targets)
         self._accumulated: set[int] = set()  # targets whose factors got a gradient in this step
+        self._ever_accumulated: set[int] = set()
         self._changed_inputs: set[int] = set()  # targets whose inputs are changed in place after the layer
         self._spoiled = False  # a part of this step was not seen
         self._measured_before = False
@@ -153,6 +154,7 @@ class HookCapture:
         if self._instead is None:
             self._look_for_missed_targets()
         self._measured_before = True
+        self._ever_accumulated |= self._accumulated
         if self._instead is not None:
             return self._instead.measure(grad_scale)
         device = self._targets[0].pairs[0].a.device
@@ -180,6 +182,8 @@ class HookCapture:
             handle.remove()
         self._handles = []
         self.forget()
+        if self._measured_before and self._instead is None and self._group is None:
+            self._say_which_targets_got_no_gradient()
 
     # What happens in a forward and in a backward pass
 
@@ -261,7 +265,9 @@ class HookCapture:
     def _say_what_sums_take(self, why: str) -> None:
         if self._bytes > SMALL:
             name = self._estimator.config.estimator
-            cure = "Fewer sketch_columns need less" if name == "sketch" else "estimator='sketch' needs a small part of it"
+            cure = (
+                "Fewer sketch_columns need less" if name == "sketch" else "estimator='sketch' needs a small part of it"
+            )
             _warn(
                 f"{why}, so that estimator={name!r} keeps a statistic of every matrix until optimizer.step: "
                 f"{self._bytes / 2**30:.2f} GiB for {len(self._targets)} matrices. {cure}"
@@ -292,11 +298,10 @@ class HookCapture:
             missed = cast(list[int], flags.nonzero().flatten().tolist())
         if not missed:
             return
-        names = ", ".join(repr(self._targets[i].name) for i in missed[:5]) + (", …" if len(missed) > 5 else "")
         cause = (
             f"the adapters of {len(missed)} of {len(self._targets)} layers get a gradient while the layer itself is "
-            f"not called ({names}): by a fused kernel, a direct call of layer.forward, or code that was compiled "
-            "before fwlora.attach"
+            f"not called ({self._names(missed)}): by a fused kernel, a direct call of layer.forward, or code that was "
+            "compiled before fwlora.attach"
         )
         if self._measured_before:
             self._spoiled = True
@@ -312,6 +317,19 @@ class HookCapture:
         )
         self._instead = AdapterCapture(self._targets)
         self.remove()
+
+    def _say_which_targets_got_no_gradient(self) -> None:
+        never = [i for i in range(len(self._targets)) if i not in self._ever_accumulated]
+        if 0 < len(never) < len(self._targets):
+            _warn(
+                f"the adapters of {len(never)} of {len(self._targets)} layers got no gradient at any observed step "
+                f"({self._names(never)}): their F is 0. Either no batch used them, as experts that no token was routed "
+                "to, or the model reads the layer's weight without calling the layer. LoRA has no effect then: leave "
+                "them out of target_modules"
+            )
+
+    def _names(self, indices: list[int]) -> str:
+        return ", ".join(repr(self._targets[i].name) for i in indices[:5]) + (", …" if len(indices) > 5 else "")
 
     # The statistics of the step
 
