@@ -142,7 +142,7 @@ def test_data_parallel_is_refused(tmp_path):
 
 def test_a_warmup_that_fills_the_run_is_refused(tmp_path):
     with pytest.raises(ValueError, match="only 10 optimizer steps"):
-        trainer_of(tmp_path, bert(), FWLoraCallback(FWLoraConfig(warmup_steps=500))).train()
+        trainer_of(tmp_path, bert(), FWLoraCallback({"warmup_steps": 500})).train()
 
 
 # Checkpoints
