@@ -284,7 +284,7 @@ def test_what_the_engine_cannot_train_is_refused(table):
         (ModernBertConfig(**tiny, num_hidden_layers=1, pad_token_id=0), "support modernbert"),
         (BertConfig(**tiny, num_hidden_layers=1, is_decoder=True), "bert as a decoder"),
         (
-            DebertaV2Config(**tiny, num_hidden_layers=1, relative_attention=True, conv_kernel_size=3),
+            DebertaV2Config(**tiny, num_hidden_layers=1, relative_attention=True, conv_kernel_size=3),  # type: ignore
             r"deberta-v2 with a convolution \(conv_kernel_size\)",
         ),
         (DebertaV2Config(**tiny, num_hidden_layers=1), "deberta-v2 without relative attention"),
