@@ -685,9 +685,10 @@ def test_an_estimator_that_does_not_reduce_keeps_its_statistics(norms_only: None
     model = lora_net()
     twin = unfrozen(model)
     optimizer = torch.optim.SGD(trainable(model), lr=0.0)
-    targets = fwlora.attach(model, optimizer, config()).targets
+    handle = fwlora.attach(model, optimizer, config())
     hooks = capture.HookCapture(
-        targets,
+        handle._trained,
+        handle._penalty,
         Largest(config()),
         dtype=torch.float64,
         step=lambda: 0,

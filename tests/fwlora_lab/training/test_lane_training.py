@@ -6,6 +6,7 @@ pytest tests/fwlora_lab/training/test_lane_training.py
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -199,7 +200,7 @@ NO_DROPOUT = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
 SMALL_DISTILBERT = {"dim": 16, "n_layers": 2, "n_heads": 2, "hidden_dim": 32, "max_position_embeddings": 64}
 
 
-def encoder_in_a_folder(world: World, folder: Path, kind: type[PretrainedConfig], **settings: Any) -> str:
+def encoder_in_a_folder(world: World, folder: Path, kind: Callable[..., PretrainedConfig], **settings: Any) -> str:
     """With the world's tokenizer, which gives no token types."""
     tokenizer = AutoTokenizer.from_pretrained(world.backbone)
     tokenizer.model_input_names = ["input_ids", "attention_mask"]
