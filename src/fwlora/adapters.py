@@ -150,7 +150,7 @@ def pair_of(name: str, layer: LoraLayer, adapter: str) -> Pair:
     if hasattr(a, "ds_id") or hasattr(b, "ds_id"):
         raise refuse(
             "its factors are partitioned by ZeRO stage 3",
-            "Use ZeRO stage 2 or lower: adapters are too small to be worth partitioning.",
+            "Read them inside of deepspeed.zero.GatheredParameters.",
         )
     if layer.merged:
         raise refuse("the adapter is merged into the weight", "Call model.unmerge_adapter() first.")

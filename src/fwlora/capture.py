@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import warnings
+import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -188,7 +189,7 @@ class HookCapture:
         for handle in self._factor_handles:
             handle.remove()
         self._factor_handles = [
-            cast(RemovableHandle, cast(Any, factor).register_post_accumulate_grad_hook(partial(self._commit, indices)))
+            cast(RemovableHandle, cast(Any, factor).register_post_accumulate_grad_hook(_CommitHook(self, indices)))
             for indices, factor in _trained_factors(self._targets)
         ]
 
@@ -304,7 +305,7 @@ class HookCapture:
             self._accumulated.add(index)
             self._add(index, part)
 
-    def _commit(self, indices: list[int], factor: Tensor) -> None:
+    def commit(self, indices: list[int], factor: Tensor) -> None:
         """The pass has accumulated into a factor's `.grad`, after all its uses: its statistics belong to the step."""
         if self._spoiled or not self._is_observing():
             return
@@ -486,6 +487,21 @@ def _no_autocast(device: torch.device) -> contextlib.AbstractContextManager[Any]
     if torch.amp.is_autocast_available(device.type):
         return torch.autocast(device.type, enabled=False)
     return contextlib.nullcontext()
+
+
+class _CommitHook:
+    """Calls `commit` when a factor has got its gradient.
+
+    A parameter keeps its hooks where the garbage collector does not look, so this must not keep the model alive.
+    """
+
+    def __init__(self, capture: HookCapture, indices: list[int]) -> None:
+        self._capture = weakref.ref(capture)
+        self._indices = indices
+
+    def __call__(self, factor: Tensor) -> None:
+        if (capture := self._capture()) is not None:
+            capture.commit(self._indices, factor)
 
 
 class _ForwardHook:

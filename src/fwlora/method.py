@@ -295,7 +295,7 @@ class FisherWeightedLoRA:
             warnings.warn(message, stacklevel=2)
 
     def _shares_adapters_with(self, other: FisherWeightedLoRA) -> bool:
-        return bool({id(f) for f in self._trained.factors} & {id(f) for f in other._trained.factors})
+        return bool(self._trained.ids & other._trained.ids)
 
     def _is_observing(self) -> bool:
         since_start = self.step - self.config.fisher_start

@@ -80,6 +80,11 @@ class TrainedAdapters:
             pairs[owner].append(pair)
         return [Target(t.name, t.layer, tuple(p)) for t, p in zip(self._targets, pairs, strict=True)]
 
+    @property
+    def ids(self) -> set[int]:
+        """The id() of each factor that the optimizer trains."""
+        return {id(f) for f, group in zip(self.factors, self.groups, strict=True) if group is not None}
+
     def unmeasured(self, model: nn.Module) -> list[str]:
         """The names of the matrices of `model` whose adapters the optimizer trains, and which are not among these."""
         known = {id(t.layer) for t in self._targets}

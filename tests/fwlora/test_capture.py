@@ -705,16 +705,17 @@ def test_an_estimator_that_does_not_reduce_keeps_its_statistics(norms_only: None
 def test_the_memory_of_dense_statistics_is_said_before_it_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(capture, "SMALL", 100)
     model = lora_net()
-    targets = fwlora.attach(model, torch.optim.SGD(trainable(model), lr=0.0), config()).targets
+    handle = fwlora.attach(model, torch.optim.SGD(trainable(model), lr=0.0), config())
+    known = handle._trained, handle._penalty
     gib = 8 * (D_IN * HIDDEN + HIDDEN * HIDDEN) / 2**30
     arguments: Any = dict(dtype=torch.float64, step=lambda: 0, is_observing=lambda: True, scaler=None, group=object())
     with pytest.warns(UserWarning, match=f"several processes.*estimator='exact'.*{gib:.2f} GiB for 2 matrices.*sketch"):
-        capture.HookCapture(targets, estimators.ExactEstimator(config()), **arguments).remove()
+        capture.HookCapture(*known, estimators.ExactEstimator(config()), **arguments).remove()
     monkeypatch.setattr(capture, "SMALL", 1000)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         sketch = estimators.SketchEstimator(config("sketch", sketch_columns=4))
-        capture.HookCapture(targets, sketch, **arguments).remove()
+        capture.HookCapture(*known, sketch, **arguments).remove()
     assert sketch.bytes(HIDDEN, D_IN, torch.float32) == 4 * 4 * HIDDEN
 
 
