@@ -227,8 +227,8 @@ class HookCapture:
         f = self._estimator.measure(self._reduced(), loss_scale)
         if self._is_split:
             return f
-        # Gradients that were zeroed in place after the last pass leave nothing for the optimizer to step on. If they
-        # all were, the batch was given up, and the step is left out like one whose gradients are not finite.
+        # Gradients that were zeroed after the last pass leave nothing for the optimizer to step on. If they all were,
+        # the batch was given up, and the step is left out like one whose gradients are not finite.
         reached = _reached(self._targets, f.device)
         given_up = self._group is not None or any(s is not None for s in self._sums)
         return torch.where(reached, f, torch.where(reached.any(), 0.0, torch.nan if given_up else 0.0).to(f))
@@ -414,11 +414,7 @@ class HookCapture:
 
     def _reduced(self) -> list[Tensor]:
         """Each target's statistic of the step; over several processes, that of the mean of their losses."""
-        statistics: list[Tensor] = []
-        for s, target in zip(self._sums, self._targets, strict=True):
-            # Without a `.grad`, the optimizer leaves the factors as they are, whatever passes there were.
-            untouched = s is None or (not self._is_split and all(f.grad is None for f in _factors(target)))
-            statistics.append(self._zeros(target) if untouched else cast(Tensor, s))
+        statistics = [self._zeros(t) if s is None else s for s, t in zip(self._sums, self._targets, strict=True)]
         if self._group is not None:
             if self._spoiled:
                 for s in statistics:

@@ -292,6 +292,27 @@ def test_autocast_does_not_reach_the_statistic(estimator: str) -> None:
     assert inside == pytest.approx(fisher(False), rel=5e-3)
 
 
+def test_an_estimator_never_runs_inside_autocast() -> None:
+    seen: list[tuple[str, bool]] = []
+
+    class Looking(fwlora.HookedEstimator):
+        def compress(self, x: Tensor, step: int) -> Tensor:
+            seen.append(("compress", torch.is_autocast_enabled("cpu")))
+            return super().compress(x, step)
+
+        def statistic(self, g: Tensor, x: Tensor, step: int) -> Tensor:
+            seen.append(("statistic", torch.is_autocast_enabled("cpu")))
+            return super().statistic(g, x, step)
+
+    model = wrapped(Net, torch.float32)
+    targets = fwlora.attach(model, torch.optim.SGD(trainable(model), lr=0.0), config("adapter")).targets
+    arguments: Any = dict(dtype=torch.float32, step=lambda: 0, is_observing=lambda: True, scaler=None, group=None)
+    capture.HookCapture(targets, Looking(config()), **arguments)
+    with torch.autocast("cpu", torch.bfloat16):
+        loss_of(model, batches(1, dtype=torch.float32)[0]).backward()
+    assert sorted(seen) == [("compress", False)] * 2 + [("statistic", False)] * 2
+
+
 # What counts: the batches that the optimizer steps on
 
 
@@ -309,8 +330,13 @@ class TestWhatCounts:
             backward(m, batches(1)[0])
             torch.autograd.grad(loss_of(m, batches(2)[1]), trainable(m))
 
-        handle = check(lora_net(), run, estimator)
-        assert not handle._capture._passes, "nothing is kept of them"  # type: ignore[attr-defined]
+        check(lora_net(), run, estimator)
+
+    def test_nothing_is_kept_of_autograd_grad(self, estimator: str) -> None:
+        model = lora_net()
+        handle = fwlora.attach(model, torch.optim.SGD(trainable(model), lr=0.0), config(estimator))
+        torch.autograd.grad(loss_of(model, batches(1)[0]), trainable(model))
+        assert not handle._capture._passes  # type: ignore[attr-defined]
 
     def test_only_the_given_inputs_of_backward_count(self, estimator: str) -> None:
         """`backward(inputs=…)` without the adapters leaves their `.grad` alone, and the optimizer steps on nothing."""
@@ -375,6 +401,8 @@ class TestWhatCounts:
 
         def run(m: Any) -> None:
             (x, y), (x2, _) = batches(2)
+            task = cross_entropy(m(x), y)
+            # After the task's pass, so that autograd comes to it first: all of it belongs to the pass of the factors.
             with m.disable_adapter():
                 weights = [layer.base_layer.weight for layer in layers(m).values()]
                 unfrozen = [w.requires_grad for w in weights]
@@ -383,7 +411,7 @@ class TestWhatCounts:
                 reference = m(x2.requires_grad_(True))
                 for w, was in zip(weights, unfrozen, strict=True):
                     w.requires_grad_(was)
-            (cross_entropy(m(x), y) + reference.square().sum()).backward()
+            (task + reference.square().sum()).backward()
 
         check(lora_net(), run, estimator)
 
@@ -537,6 +565,22 @@ def test_at_the_first_step_f_falls_back_to_the_adapters_gradients(names: tuple[s
         fisher[estimator] = handle.fisher()
     assert fisher["exact"] == pytest.approx(fisher["adapter"], rel=1e-12)
     assert all(fisher["exact"].values())
+
+
+class Shallow(Net):
+    """Calls a shallow copy of a layer, which has the layer's hooks, as a replica of torch's DataParallel does."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(torch.tanh(copy.copy(self.second)(torch.tanh(self.first(x)))).mean(1))
+
+
+def test_a_shallow_copy_of_a_layer_is_not_the_layer() -> None:
+    model = wrapped(Shallow)
+    optimizer = torch.optim.SGD(trainable(model), lr=0.0)
+    fwlora.attach(model, optimizer, config())
+    backward(model, batches(1)[0])
+    with pytest.warns(UserWarning, match="1 of 2 layers get a gradient while the layer itself is not called.*'second'"):
+        optimizer.step()
 
 
 def test_at_a_later_step_that_step_is_left_out() -> None:
