@@ -5,14 +5,16 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.functional import cross_entropy
 from torch.testing import assert_close
 from transformers import (
+    AutoModelForSequenceClassification,
     BertConfig,
-    BertForSequenceClassification,
+    MPNetConfig,
+    PretrainedConfig,
+    PreTrainedModel,
     RobertaConfig,
-    RobertaForSequenceClassification,
 )
 
 import fwlora
@@ -21,9 +23,11 @@ from fwlora_lab.data.tokens import TokenTable, collate
 from fwlora_lab.lanes.engine import LaneEngine
 from fwlora_lab.lanes.packing import Shape, pack, pack_shaped
 from fwlora_lab.lanes.settings import LaneSettings
+from fwlora_lab.models.classifier import head_modules, head_parts
+from fwlora_lab.models.targets import target_linears
 
 F64 = torch.float64
-TARGETS = ("query", "key", "value", "intermediate.dense", "output.dense")
+TARGETS = ["query", "key", "value", "intermediate", "output"]
 
 
 def token_table() -> TokenTable:
@@ -53,18 +57,21 @@ SHAPE = dict(
 def classifier(kind: str, dropout: float = 0.0, seed: int = 0):
     torch.manual_seed(seed)
     rates = dict(hidden_dropout_prob=dropout, attention_probs_dropout_prob=dropout)
-    if kind == "bert":
-        return BertForSequenceClassification(BertConfig(**SHAPE, **rates)).double()
-    config = RobertaConfig(**SHAPE, **rates, pad_token_id=1, type_vocab_size=2)
-    return RobertaForSequenceClassification(config).double()
+    configs: dict[str, PretrainedConfig] = {
+        "bert": BertConfig(**SHAPE, **rates),
+        "roberta": RobertaConfig(**SHAPE, **rates, pad_token_id=1, type_vocab_size=2),
+        "mpnet": MPNetConfig(**SHAPE, **rates, pad_token_id=1),
+    }
+    model = AutoModelForSequenceClassification.from_config(configs[kind]).double()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "relative" in name or "rel_embeddings" in name:
+                parameter.normal_(std=1.0)  # large enough that positions matter
+    return model
 
 
-def targets_of(model: nn.Module) -> list[str]:
-    return [
-        n
-        for n, m in model.named_modules()
-        if isinstance(m, nn.Linear) and n.endswith(TARGETS) and "attention.output" not in n
-    ]
+def targets_of(model: PreTrainedModel) -> list[str]:
+    return target_linears(model, TARGETS)
 
 
 def settings(rank: int, targets: Sequence[str], **more) -> LaneSettings:
@@ -86,14 +93,9 @@ def initial(model, targets, rank: int, seed: int) -> tuple[dict, dict]:
         base = model.get_submodule(n)
         a = torch.randn(rank, base.in_features, generator=g, dtype=F64) / base.in_features**0.5
         adapters[n] = (a, 0.1 * torch.randn(base.out_features, rank, generator=g, dtype=F64))
-    names = {
-        "bert": ("bert.pooler.dense", "classifier"),
-        "roberta": ("classifier.dense", "classifier.out_proj"),
-    }[model.config.model_type]
+    parts = {id(p) for part in head_parts(model) for p in part.parameters()}
     head = {
-        f"{n}.{k}": 0.2 * torch.randn(p.shape, generator=g, dtype=F64)
-        for n in names
-        for k, p in model.get_submodule(n).named_parameters()
+        n: 0.2 * torch.randn(p.shape, generator=g, dtype=F64) for n, p in model.named_parameters() if id(p) in parts
     }
     return adapters, head
 
@@ -160,7 +162,7 @@ class World:
         with torch.no_grad():
             for name, value in head.items():
                 model.get_parameter(name).copy_(value)
-        modules = ["classifier", "pooler"] if self.kind == "bert" else ["classifier"]
+        modules = head_modules(model)
         lora = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=self.targets, modules_to_save=modules)
         peft = get_peft_model(model, lora).double()
         for name, (a, b) in adapters.items():
@@ -180,7 +182,7 @@ class World:
             for group in optimizer.param_groups:
                 group["lr"] = lr * 0.99**step
             index = batch_of(self.table, i, step)
-            batch = collate(self.table, index, 1 if self.kind == "roberta" else 0, "longest", 64)
+            batch = collate(self.table, index, model.config.pad_token_id, "longest", 64)
             labels = batch.pop("labels")
             cross_entropy(peft(**batch).logits, labels).backward()
             limit = own.get("max_grad_norm", 1.0)

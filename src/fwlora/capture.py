@@ -15,6 +15,8 @@ from torch.utils.hooks import RemovableHandle
 
 from fwlora.adapters import Target
 from fwlora.estimators import HookedEstimator, adapter_squared_norm
+from fwlora.penalty_step import PenaltyStep
+from fwlora.trained import TrainedAdapters
 
 
 class Capture(Protocol):
@@ -22,6 +24,10 @@ class Capture(Protocol):
 
     def measure(self, grad_scale: Tensor | None) -> Tensor:
         """f_m of the step, [m]. `grad_scale` is by what a GradScaler still has to divide the optimizer's gradients."""
+        ...
+
+    def follow(self, targets: list[Target]) -> None:
+        """The adapters of the matrices changed: the same matrices in the same order, with the pairs trained now."""
         ...
 
     def forget(self) -> None:
@@ -36,20 +42,29 @@ class Capture(Protocol):
 class AdapterCapture:
     """The estimator "adapter": f from the gradients of B, which PEFT computes anyway."""
 
-    def __init__(self, targets: list[Target]) -> None:
-        if any(not t.pairs[0].b.requires_grad for t in targets):
+    def __init__(self, trained: TrainedAdapters, penalty: PenaltyStep) -> None:
+        if any(not t.pairs[0].b.requires_grad for t in trained.targets):
             raise ValueError(
                 "FWLoraConfig.estimator = 'adapter' reads the gradient of B, which is frozen here: "
                 "use estimator='sketch'."
             )
-        self._pairs = [t.pairs[0] for t in targets]
+        self._trained = trained
+        self._penalty = penalty
 
     def measure(self, grad_scale: Tensor | None) -> Tensor:
-        grads = [torch.zeros_like(p.b) if p.b.grad is None else p.b.grad for p in self._pairs]
-        scales = torch.tensor([p.scale for p in self._pairs], dtype=torch.float64)
-        shapes = [(p.a.shape[0], p.a.shape[1]) for p in self._pairs]
-        f = adapter_squared_norm(grads, scales, shapes)
+        pairs, owner = self._trained.pairs, self._trained.owner
+        first = [k for k in range(len(pairs)) if k == owner.index(owner[k])]  # the first pair of each matrix
+        factors = self._penalty.factors
+        of_b = [2 * k + 1 for k in first]
+        scales = torch.tensor([pairs[k].scale for k in first], dtype=torch.float64)
+        shapes = [(factors.full[i - 1].shape[0], factors.full[i - 1].shape[1]) for i in of_b]
+        own = adapter_squared_norm([factors.gradient(i) for i in of_b], scales, shapes)
+        f = own.new_zeros(len(self._trained.targets))
+        f[[owner[k] for k in first]] = factors.sum_over_pieces(own, of_b)
         return f if grad_scale is None else f / grad_scale.to(f.device).square()
+
+    def follow(self, targets: list[Target]) -> None:
+        pass
 
     def forget(self) -> None:
         pass
@@ -68,7 +83,7 @@ class HookCapture:
         step: returns the present optimizer step.
         is_observing: returns whether f is measured at this step.
         scaler: the GradScaler that enlarges the loss, or None.
-        group: the processes over which statistics are averaged, or None.
+        group: the processes over which statistics are averaged; None for this one alone, "auto" for all there are.
     """
 
     def __init__(
@@ -101,6 +116,9 @@ class HookCapture:
         loss_scale = 1.0 if grad_scale is None else grad_scale.to(self._device)
         return self._estimator.measure(self._reduced(), loss_scale)
 
+    def follow(self, targets: list[Target]) -> None:
+        self._targets = targets
+
     def forget(self) -> None:
         self._statistics = [None] * len(self._targets)
         self._estimator.end_step()
@@ -112,10 +130,6 @@ class HookCapture:
         self.forget()
 
     def _forward_hook(self, index: int) -> Callable[..., Tensor | None]:
-        pair = self._targets[index].pairs[0]
-        # If this factor has no gradient, no backward pass has reached the target since zero_grad.
-        reached = pair.b if pair.b.requires_grad else pair.a
-
         def on_backward(g: Tensor, x: Tensor) -> None:
             statistic = self._estimator.statistic(g, x, self._step())
             before = self._statistics[index]
@@ -126,7 +140,7 @@ class HookCapture:
                 return None
             # Gradient checkpointing runs this forward pass again, inside the backward pass.
             recomputing = torch._C._current_graph_task_id() != -1
-            if self._statistics[index] is not None and reached.grad is None and not recomputing:
+            if self._statistics[index] is not None and not recomputing and not self._was_reached(index):
                 # The gradients were zeroed without a step, as a GradScaler does after an overflow.
                 self.forget()
             x: Tensor = args[0] if args else kwargs["x"]
@@ -134,12 +148,16 @@ class HookCapture:
 
         return hook
 
+    def _was_reached(self, index: int) -> bool:
+        """Whether a backward pass has reached the target since zero_grad: its adapter then has a gradient."""
+        return any(f.grad is not None for p in self._targets[index].pairs for f in (p.a, p.b))
+
     def _reduced(self) -> list[Tensor]:
         """Each target's statistic of the step; over several processes, that of the mean of their losses."""
         statistics = [self._zeros(t) if s is None else s for s, t in zip(self._statistics, self._targets, strict=True)]
-        if self._group is not None:
-            world = dist.get_world_size(self._group)
-            works = [cast(Any, dist.all_reduce(s, group=self._group, async_op=True)) for s in statistics]
+        if (group := _processes(self._group)) is not None:
+            world = dist.get_world_size(group)
+            works = [cast(Any, dist.all_reduce(s, group=group, async_op=True)) for s in statistics]
             for work in works:
                 work.wait()
             torch._foreach_div_(statistics, float(world**self._estimator.loss_power))
@@ -148,7 +166,15 @@ class HookCapture:
     def _zeros(self, target: Target) -> Tensor:
         """The statistic of a matrix that no gradient reached in this step, of the shape that other processes have."""
         shape = self._estimator.shape(target.out_features, target.in_features)
-        return torch.zeros(shape, dtype=self._dtype, device=target.pairs[0].a.device)
+        return torch.zeros(shape, dtype=self._dtype, device=self._device)
+
+
+def _processes(group: Any) -> Any:
+    """The processes that "auto" stands for now: all of them, if there are several; None for this one alone."""
+    if group != "auto":
+        return group
+    several = dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+    return dist.group.WORLD if several else None
 
 
 class _Capture(torch.autograd.Function):

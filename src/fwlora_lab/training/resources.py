@@ -13,7 +13,8 @@ from fwlora_lab.data.load import load_task, split_task, whole_dataset
 from fwlora_lab.data.task import TaskData
 from fwlora_lab.data.tokens import TokenTable, tokenize
 from fwlora_lab.errors import UserError
-from fwlora_lab.lanes.settings import supports, supports_estimator
+from fwlora_lab.lanes.architectures import missing_in_lanes
+from fwlora_lab.lanes.settings import supports_estimator
 from fwlora_lab.models.adapter_plan import plan_adapters
 from fwlora_lab.models.backbones import Backbone, load_backbone
 from fwlora_lab.models.classifier import ClassifierSkeleton
@@ -137,8 +138,8 @@ def _backbone_key(model: ModelConfig) -> str:
 
 def _missing_in_lanes(cfg: RunConfig, backbone: Backbone) -> str | None:
     """What of the run the lane engine does not know; None where it can train the run."""
-    if not supports(backbone.config):
-        return backbone.config.model_type
+    if missing := missing_in_lanes(backbone.config):
+        return missing
     if not parts_of(cfg.method_name).lanes:
         return f"the method {cfg.method_name}"
     if cfg.method_name == "fw_lora" and not supports_estimator(cfg.fw_lora.estimator):
