@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -11,6 +12,9 @@ from torch.testing import assert_close
 from transformers import (
     AutoModelForSequenceClassification,
     BertConfig,
+    DebertaV2Config,
+    DistilBertConfig,
+    ElectraConfig,
     MPNetConfig,
     PretrainedConfig,
     PreTrainedModel,
@@ -54,6 +58,17 @@ SHAPE = dict(
 )
 
 
+def _deberta(rates: dict[str, float], **more) -> DebertaV2Config:
+    given = {"pos_att_type": ["p2c", "c2p"], "position_biased_input": False, "type_vocab_size": 0, **rates, **more}
+    return DebertaV2Config(
+        **SHAPE,
+        relative_attention=True,
+        max_relative_positions=24,
+        pooler_dropout=rates["hidden_dropout_prob"],
+        **given,
+    )  # type: ignore[arg-type]
+
+
 def classifier(kind: str, dropout: float = 0.0, seed: int = 0):
     torch.manual_seed(seed)
     rates = dict(hidden_dropout_prob=dropout, attention_probs_dropout_prob=dropout)
@@ -61,7 +76,15 @@ def classifier(kind: str, dropout: float = 0.0, seed: int = 0):
         "bert": BertConfig(**SHAPE, **rates),
         "roberta": RobertaConfig(**SHAPE, **rates, pad_token_id=1, type_vocab_size=2),
         "mpnet": MPNetConfig(**SHAPE, **rates, pad_token_id=1),
-    }
+        "electra": ElectraConfig(**SHAPE, **rates, embedding_size=12, pad_token_id=0),
+        "distilbert": DistilBertConfig(
+            vocab_size=100, dim=16, n_layers=2, n_heads=2, hidden_dim=32, max_position_embeddings=64, pad_token_id=0,
+            dropout=dropout, attention_dropout=dropout, seq_classif_dropout=dropout,
+        ),
+        "deberta-v3": _deberta(rates, share_att_key=True, position_buckets=8, norm_rel_ebd="layer_norm"),
+        "deberta-v2": _deberta(rates, share_att_key=False, type_vocab_size=2, position_biased_input=True),
+        "deberta-c2p": _deberta(rates, share_att_key=True, position_buckets=4, pos_att_type=["c2p"]),
+    }  # fmt: skip
     model = AutoModelForSequenceClassification.from_config(configs[kind]).double()
     with torch.no_grad():
         for name, parameter in model.named_parameters():
@@ -100,6 +123,8 @@ def initial(model, targets, rank: int, seed: int) -> tuple[dict, dict]:
     return adapters, head
 
 
+WITHOUT_TYPES = ("mpnet", "distilbert", "deberta-v3", "deberta-c2p")
+KINDS = ("bert", "roberta", "mpnet", "distilbert", "electra", "deberta-v3", "deberta-v2", "deberta-c2p")
 FW = FWLoraConfig(warmup_steps=8, fisher_ema_decay=0.9, penalty_strength=0.01)
 RUNS = [
     # (rank, learning rate, settings of the lane)
@@ -134,7 +159,8 @@ def batch_of(table: TokenTable, lane: int, step: int) -> Tensor:
 
 class World:
     def __init__(self, kind: str, table: TokenTable, dropout: float = 0.0) -> None:
-        self.kind, self.table, self.dropout = kind, table, dropout
+        self.kind, self.dropout = kind, dropout
+        self.table = replace(table, types=None) if kind in WITHOUT_TYPES else table
         self.targets = targets_of(classifier(kind))
 
     def lanes(self, which: Sequence[int], **more) -> LaneEngine:

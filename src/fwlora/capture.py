@@ -1,15 +1,25 @@
-"""Measures f_m, how much gradient reached each frozen matrix, at the observed steps of the warm-up."""
+"""Measures f_m, how much gradient reached each frozen matrix, at the observed steps of the warm-up.
+
+What counts is what the optimizer steps on. A backward pass hands over G and X of each layer; its statistics become
+part of the step when the pass has accumulated into the `.grad` of the layer's factors. So `torch.autograd.grad`, a
+pass whose gradients are zeroed, and a pass with the adapters disabled count for nothing.
+"""
 
 # Parts of torch are untyped, and its batched operations (_foreach_*) have no public names.
 # pyright: reportUnknownMemberType=false, reportPrivateUsage=false, reportPrivateImportUsage=false
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
 from typing import Any, Protocol, cast
 
 import torch
 import torch.distributed as dist
+from accelerate.state import GradientState  # pyright: ignore[reportMissingTypeStubs]
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
@@ -18,16 +28,22 @@ from fwlora.estimators import HookedEstimator, adapter_squared_norm
 from fwlora.penalty_step import PenaltyStep
 from fwlora.trained import TrainedAdapters
 
+# Statistics of less than this, all matrices together, are kept until the step without asking whether they must be.
+SMALL = 64 * 2**20
+
 
 class Capture(Protocol):
     """Where the method gets the f of a step from."""
 
     def measure(self, grad_scale: Tensor | None) -> Tensor:
-        """f_m of the step, [m]. `grad_scale` is by what a GradScaler still has to divide the optimizer's gradients."""
+        """f_m of the step, [m]. `grad_scale` is by what a GradScaler still has to divide the optimizer's gradients.
+
+        It is NaN where the step could not be measured in full; such a step is left out of the average.
+        """
         ...
 
-    def follow(self, targets: list[Target]) -> None:
-        """The adapters of the matrices changed: the same matrices in the same order, with the pairs trained now."""
+    def follow(self) -> None:
+        """The adapters that are trained have changed."""
         ...
 
     def forget(self) -> None:
@@ -63,7 +79,7 @@ class AdapterCapture:
         f[[owner[k] for k in first]] = factors.sum_over_pieces(own, of_b)
         return f if grad_scale is None else f / grad_scale.to(f.device).square()
 
-    def follow(self, targets: list[Target]) -> None:
+    def follow(self) -> None:
         pass
 
     def forget(self) -> None:
@@ -73,11 +89,29 @@ class AdapterCapture:
         pass
 
 
+@dataclass
+class _Passed:
+    """What a backward pass has gathered of a target.
+
+    `continues` says whether the gradients of earlier passes of the step were still there when it began, a boolean
+    tensor; None if there were none: no earlier pass, or its gradients were set to None.
+    """
+
+    statistic: Tensor
+    continues: Tensor | None
+
+
 class HookCapture:
     """The hooked estimators: a forward hook on each target, whose backward pass hands over G and X.
 
+    If the gradients of a target's factors come from somewhere else (a fused kernel, a call of `layer.forward`, code
+    compiled before the hooks were there), its G and X are never seen. At the first observed step f of *all* targets
+    is then estimated from LoRA's own gradients from there on, because the two estimates differ in scale; at a later
+    step that step is left out. Either is said in a warning that names the layers.
+
     Args:
-        targets: the frozen matrices.
+        trained: the frozen matrices and their adapters.
+        penalty: the adapters' factors, which know whether they are split over processes.
         estimator: what is kept of G and X.
         dtype: of the statistics of matrices that no gradient reached.
         step: returns the present optimizer step.
@@ -88,7 +122,8 @@ class HookCapture:
 
     def __init__(
         self,
-        targets: list[Target],
+        trained: TrainedAdapters,
+        penalty: PenaltyStep,
         estimator: HookedEstimator,
         *,
         dtype: torch.dtype,
@@ -97,67 +132,298 @@ class HookCapture:
         scaler: Any,
         group: Any,
     ) -> None:
+        targets = trained.targets
+        self._trained = trained
+        self._penalty = penalty
         self._targets = targets
         self._estimator = estimator
         self._dtype = dtype
-        self._device = targets[0].pairs[0].a.device
         self._step = step
         self._is_observing = is_observing
         self._scaler = scaler
-        self._group = group
-        self._statistics: list[Tensor | None] = [None] * len(targets)
+        self._given_group = group
+        # Statistics of the backward passes under way, by the number of autograd's task and the target.
+        self._passes: dict[int, dict[int, _Passed]] = {}
+        # Statistics of the step: what passes have accumulated into `.grad` since the last optimizer step.
+        self._sums: list[Tensor | None] = [None] * len(targets)
+        # Statistics of passes that ended without accumulating into the factors that are known here, by target.
+        self._left: dict[int, list[_Passed]] = {}
+        self._accumulated: set[int] = set()  # targets whose factors got a gradient in this step
+        self._ever_accumulated: set[int] = set()
+        self._changed_inputs: set[int] = set()  # targets whose inputs are changed in place after the layer
+        self._spoiled = False  # a part of this step was not seen
+        self._measured_before = False
+        self._warned_of_missed = False
+        self._instead: AdapterCapture | None = None
+        self._bytes = sum(estimator.bytes(t.out_features, t.in_features, dtype) for t in targets)
+        several = self._group is not None
+        self._keeps_sums = several or not estimator.reduces or self._bytes <= SMALL
+        if self._keeps_sums:
+            self._say_what_sums_take("several processes are averaged" if several else "each step")
         self._handles: list[RemovableHandle] = [
-            t.layer.register_forward_hook(self._forward_hook(i), with_kwargs=True) for i, t in enumerate(targets)
+            t.layer.register_forward_hook(_ForwardHook(t.layer, partial(self._observe, i)), with_kwargs=True)
+            for i, t in enumerate(targets)
+        ]
+        self._factor_handles: list[RemovableHandle] = []
+        self._watch_factors()
+
+    @property
+    def _group(self) -> Any:
+        """The processes to average over now: torch.distributed may be initialised after attach."""
+        if self._given_group != "auto":
+            return self._given_group
+        several = dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+        return dist.group.WORLD if several else None
+
+    @property
+    def _is_split(self) -> bool:
+        """Whether FSDP splits the adapters over processes: then gradients do not come to the factors by autograd."""
+        return self._penalty.factors.is_split
+
+    @property
+    def _device(self) -> torch.device:
+        return (self._trained.factors or list(self._targets[0].layer.parameters()))[0].device
+
+    def _watch_factors(self) -> None:
+        for handle in self._factor_handles:
+            handle.remove()
+        self._factor_handles = [
+            cast(RemovableHandle, cast(Any, factor).register_post_accumulate_grad_hook(partial(self._commit, indices)))
+            for indices, factor in _trained_factors(self._targets)
         ]
 
-    def measure(self, grad_scale: Tensor | None) -> Tensor:
-        if self._scaler is not None:
-            grad_scale = self._scaler.scale(torch.ones((), dtype=self._dtype, device=self._device))
-        loss_scale = 1.0 if grad_scale is None else grad_scale.to(self._device)
-        return self._estimator.measure(self._reduced(), loss_scale)
+    def follow(self) -> None:
+        if not self._handles:
+            return
+        before, self._targets = self._targets, self._trained.targets
+        for i, (old, new) in enumerate(zip(before, self._targets, strict=True)):
+            if old.pairs != new.pairs and any(f.grad is not None for f in _factors(new)):
+                # The parameters were replaced before the pass (Accelerate and fully_shard do that), so it went unseen.
+                self._take_what_is_left(i)
+        self._watch_factors()
 
-    def follow(self, targets: list[Target]) -> None:
-        self._targets = targets
+    def measure(self, grad_scale: Tensor | None) -> Tensor:
+        if _autograd_task() != -1:
+            raise RuntimeError(
+                "fwlora: optimizer.step() was called inside the backward pass (an optimizer in a gradient hook), when "
+                "the gradients of other layers are not known yet. Call it after loss.backward()."
+            )
+        if self._is_split:
+            for i in range(len(self._targets)):
+                self._take_what_is_left(i)
+        if self._instead is None:
+            self._look_for_missed_targets()
+        self._measured_before = True
+        self._ever_accumulated |= self._accumulated
+        if self._instead is not None:
+            return self._instead.measure(grad_scale)
+        device = self._device
+        if self._spoiled and self._group is None:
+            return torch.full((len(self._targets),), torch.nan, dtype=self._dtype, device=device)
+        if self._scaler is not None:
+            grad_scale = self._scaler.scale(torch.ones((), dtype=self._dtype, device=device))
+        loss_scale = 1.0 if grad_scale is None else grad_scale.to(device)
+        f = self._estimator.measure(self._reduced(), loss_scale)
+        if self._is_split:
+            return f
+        # Gradients that were zeroed in place after the last pass leave nothing for the optimizer to step on. If they
+        # all were, the batch was given up, and the step is left out like one whose gradients are not finite.
+        reached = _reached(self._targets, f.device)
+        given_up = self._group is not None or any(s is not None for s in self._sums)
+        return torch.where(reached, f, torch.where(reached.any(), 0.0, torch.nan if given_up else 0.0).to(f))
 
     def forget(self) -> None:
-        self._statistics = [None] * len(self._targets)
+        self._passes.clear()
+        self._left.clear()
+        self._sums = [None] * len(self._targets)
+        self._accumulated.clear()
+        self._spoiled = False
         self._estimator.end_step()
 
     def remove(self) -> None:
-        for handle in self._handles:
+        for handle in (*self._handles, *self._factor_handles):
             handle.remove()
-        self._handles = []
+        self._handles, self._factor_handles = [], []
         self.forget()
+        if self._measured_before and self._instead is None and self._group is None:
+            self._say_which_targets_got_no_gradient()
 
-    def _forward_hook(self, index: int) -> Callable[..., Tensor | None]:
-        def on_backward(g: Tensor, x: Tensor) -> None:
-            statistic = self._estimator.statistic(g, x, self._step())
-            before = self._statistics[index]
-            self._statistics[index] = statistic if before is None else before.add_(statistic)
+    # What happens in a forward and in a backward pass
 
-        def hook(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> Tensor | None:
-            if not (torch.is_grad_enabled() and output.requires_grad and self._is_observing()):
-                return None
-            # Gradient checkpointing runs this forward pass again, inside the backward pass.
-            recomputing = torch._C._current_graph_task_id() != -1
-            if self._statistics[index] is not None and not recomputing and not self._was_reached(index):
-                # The gradients were zeroed without a step, as a GradScaler does after an overflow.
-                self.forget()
-            x: Tensor = args[0] if args else kwargs["x"]
-            return capture(output, x, on_backward)
+    def _observe(self, index: int, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
+        """The layer's output, such that its backward pass is seen; None to leave it as it is."""
+        rest = cast(tuple[Any, ...], output[1:]) if type(output) is tuple else None
+        y = cast(Any, output if rest is None else output[0])
+        if not (torch.is_grad_enabled() and isinstance(y, Tensor) and y.requires_grad and self._is_observing()):
+            return None
+        if getattr(self._targets[index].layer, "disable_adapters", False):
+            return None  # a reference pass, from which the adapters learn nothing
+        x = cast(Tensor, args[0] if args else kwargs["x"])
+        with torch.no_grad(), _no_autocast(x.device):
+            kept = self._estimator.compress(x.detach(), self._step())
+            if index in self._changed_inputs:
+                kept = kept.clone()
+        y = capture(y, kept, partial(self._on_backward, index, self._step()))
+        return y if rest is None else (y, *rest)
 
-        return hook
+    def _on_backward(self, index: int, step: int, g: Tensor, x: Tensor | None) -> None:
+        """Called before this pass accumulates into the factors' `.grad`; x is None if it was changed in place."""
+        if self._spoiled or self._instead is not None or not self._is_observing():
+            return
+        if x is None:
+            self._keep_a_copy_of_the_inputs(index)
+            return
+        with _no_autocast(g.device):
+            statistic = self._estimator.statistic(g, x, step)
+        task = _autograd_task()
+        if task not in self._passes:
+            self._passes[task] = {}
+            engine = cast(Any, torch.autograd.Variable)._execution_engine
+            engine.queue_callback(partial(self._end, task))
+        passed = self._passes[task]
+        if index in passed:
+            passed[index].statistic.add_(statistic)
+        else:
+            passed[index] = _Passed(statistic, self._continues(index))
 
-    def _was_reached(self, index: int) -> bool:
-        """Whether a backward pass has reached the target since zero_grad: its adapter then has a gradient."""
-        return any(f.grad is not None for p in self._targets[index].pairs for f in (p.a, p.b))
+    def _continues(self, index: int) -> Tensor | None:
+        """Whether the pass that begins adds to gradients that are there, as `_Passed` has it."""
+        if self._is_split:  # a process may hold nothing of this target's factors, so any gradient will do
+            there = any(f.grad is not None for f in self._trained.factors)
+            return torch.ones((), dtype=torch.bool, device=self._device) if there else None
+        before = [f.grad for f in _factors(self._targets[index]) if f.grad is not None]
+        return None if self._sums[index] is None or not before else _any_nonzero(before)
+
+    def _end(self, task: int) -> None:
+        """The pass has ended. What it has not accumulated into a known `.grad` counts only if `follow` says so."""
+        for i, part in self._passes.pop(task, {}).items():
+            self._left.setdefault(i, []).append(part)
+
+    def _take_what_is_left(self, index: int) -> None:
+        for part in self._left.pop(index, []):
+            self._accumulated.add(index)
+            self._add(index, part)
+
+    def _commit(self, indices: list[int], factor: Tensor) -> None:
+        """The pass has accumulated into a factor's `.grad`, after all its uses: its statistics belong to the step."""
+        if self._spoiled or not self._is_observing():
+            return
+        passed = self._passes.get(_autograd_task(), {})
+        self._accumulated.update(i for i in indices if i in passed or not any(j in passed for j in indices))
+        if not self._keeps_sums and not GradientState().sync_gradients:
+            self._keeps_sums = True  # Accelerate and the Trainer say so: further micro-batches will follow
+            self._say_what_sums_take("micro-batches are accumulated")
+        for i in indices:
+            if (part := passed.pop(i, None)) is not None:
+                self._add(i, part)
+
+    def _add(self, index: int, part: _Passed) -> None:
+        before = self._sums[index]
+        if part.continues is None or before is None:
+            self._sums[index] = part.statistic if self._keeps_sums else self._estimator.reduce(part.statistic)
+        elif self._keeps_sums:  # without waiting for the device
+            before.masked_fill_(~part.continues.to(before.device), 0)
+            self._sums[index] = before.add_(part.statistic)
+        elif bool(part.continues):
+            self._keep_sums_from_the_next_step_on()
+        else:
+            self._sums[index] = self._estimator.reduce(part.statistic)
+
+    # What cannot be seen
+
+    def _keep_sums_from_the_next_step_on(self) -> None:
+        """A second pass arrives, but of the first one only the norm was kept, to which nothing can be added."""
+        self._spoiled = self._keeps_sums = True
+        self._say_what_sums_take("micro-batches are accumulated")
+        _warn(
+            f"step {self._step()} is left out of the Fisher proxies, because only then it turned out that several "
+            "backward passes are accumulated"
+        )
+
+    def _say_what_sums_take(self, why: str) -> None:
+        if self._bytes > SMALL:
+            name = self._estimator.config.estimator
+            cure = (
+                "Fewer sketch_columns need less" if name == "sketch" else "estimator='sketch' needs a small part of it"
+            )
+            _warn(
+                f"{why}, so that estimator={name!r} keeps a statistic of every matrix until optimizer.step: "
+                f"{self._bytes / 2**30:.2f} GiB for {len(self._targets)} matrices. {cure}"
+            )
+
+    def _keep_a_copy_of_the_inputs(self, index: int) -> None:
+        self._spoiled = True
+        if index not in self._changed_inputs:
+            self._changed_inputs.add(index)
+            _warn(
+                f"the input of {self._targets[index].name!r} is changed in place after the layer: step {self._step()} "
+                "is left out of the Fisher proxies, and from now on a copy of the input is kept. estimator='sketch' "
+                "needs neither"
+            )
+
+    def _look_for_missed_targets(self) -> None:
+        """Targets whose factors got a gradient in this step, while their forward and backward pass was not seen."""
+        missed = [
+            i for i in sorted(self._accumulated)
+            if self._sums[i] is None and any(f.grad is not None for f in _factors(self._targets[i]))
+        ]  # fmt: skip
+        if self._spoiled:
+            missed = []
+        if self._group is not None and not self._measured_before:
+            flags = torch.zeros(len(self._targets), device=self._device)
+            flags[missed] = 1
+            dist.all_reduce(flags, group=self._group)
+            missed = cast(list[int], flags.nonzero().flatten().tolist())
+        if not missed:
+            return
+        cause = (
+            f"the adapters of {len(missed)} of {len(self._targets)} layers get a gradient while the layer itself is "
+            f"not called ({self._names(missed)}): by a fused kernel, a direct call of layer.forward, or code that was "
+            "compiled before fwlora.attach"
+        )
+        if self._measured_before:
+            self._spoiled = True
+            if not self._warned_of_missed:
+                _warn(f"{cause}. Such steps (the first is {self._step()}) are left out of the Fisher proxies")
+            self._warned_of_missed = True
+            return
+        if any(t.pairs and not t.pairs[0].b.requires_grad for t in self._targets):
+            raise RuntimeError(f"fwlora: {cause}. Turn that off, so that the layers are called.")
+        _warn(
+            f"{cause}. F is estimated from LoRA's own gradients instead, for all matrices alike (estimator='adapter', "
+            f"a rough ranking). Turn that off to measure estimator={self._estimator.config.estimator!r}"
+        )
+        self._instead = AdapterCapture(self._trained, self._penalty)
+        self.remove()
+
+    def _say_which_targets_got_no_gradient(self) -> None:
+        never = [i for i in range(len(self._targets)) if i not in self._ever_accumulated]
+        if 0 < len(never) < len(self._targets):
+            _warn(
+                f"the adapters of {len(never)} of {len(self._targets)} layers got no gradient at any observed step "
+                f"({self._names(never)}): their F is 0. Either no batch used them, as experts that no token was routed "
+                "to, or the model reads the layer's weight without calling the layer. LoRA has no effect then: leave "
+                "them out of target_modules"
+            )
+
+    def _names(self, indices: list[int]) -> str:
+        return ", ".join(repr(self._targets[i].name) for i in indices[:5]) + (", …" if len(indices) > 5 else "")
+
+    # The statistics of the step
 
     def _reduced(self) -> list[Tensor]:
         """Each target's statistic of the step; over several processes, that of the mean of their losses."""
-        statistics = [self._zeros(t) if s is None else s for s, t in zip(self._statistics, self._targets, strict=True)]
-        if (group := _processes(self._group)) is not None:
-            world = dist.get_world_size(group)
-            works = [cast(Any, dist.all_reduce(s, group=group, async_op=True)) for s in statistics]
+        statistics: list[Tensor] = []
+        for s, target in zip(self._sums, self._targets, strict=True):
+            # Without a `.grad`, the optimizer leaves the factors as they are, whatever passes there were.
+            untouched = s is None or (not self._is_split and all(f.grad is None for f in _factors(target)))
+            statistics.append(self._zeros(target) if untouched else cast(Tensor, s))
+        if self._group is not None:
+            if self._spoiled:
+                for s in statistics:
+                    s.fill_(torch.nan)  # all processes must leave the step out
+            world = dist.get_world_size(self._group)
+            works = [cast(Any, dist.all_reduce(s, group=self._group, async_op=True)) for s in statistics]
             for work in works:
                 work.wait()
             torch._foreach_div_(statistics, float(world**self._estimator.loss_power))
@@ -165,39 +431,119 @@ class HookCapture:
 
     def _zeros(self, target: Target) -> Tensor:
         """The statistic of a matrix that no gradient reached in this step, of the shape that other processes have."""
-        shape = self._estimator.shape(target.out_features, target.in_features)
+        reduced = self._group is None and self._estimator.reduces
+        shape = () if reduced else self._estimator.shape(target.out_features, target.in_features)
         return torch.zeros(shape, dtype=self._dtype, device=self._device)
 
 
-def _processes(group: Any) -> Any:
-    """The processes that "auto" stands for now: all of them, if there are several; None for this one alone."""
-    if group != "auto":
-        return group
-    several = dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
-    return dist.group.WORLD if several else None
+def _factors(target: Target) -> list[nn.Parameter]:
+    return [f for p in target.pairs for f in (p.a, p.b)]
+
+
+def _trained_factors(targets: list[Target]) -> list[tuple[list[int], nn.Parameter]]:
+    """Every factor that gets gradients, once, with the positions of the targets that have it."""
+    found: dict[int, tuple[list[int], nn.Parameter]] = {}
+    for i, target in enumerate(targets):
+        for factor in _factors(target):
+            if factor.requires_grad:
+                indices = found.setdefault(id(factor), ([], factor))[0]
+                if i not in indices:
+                    indices.append(i)
+    return list(found.values())
+
+
+def _any_nonzero(tensors: Sequence[Tensor]) -> Tensor:
+    """Whether an entry is not zero (NaN is not), as a tensor, so that nothing waits for the device."""
+    largest = torch._foreach_norm(list(tensors), float("inf"))
+    return torch.stack([n.to(largest[0].device) for n in largest]).ne(0).any()
+
+
+def _reached(targets: list[Target], device: torch.device) -> Tensor:
+    """For each target, whether the optimizer has a gradient other than zero for one of its factors, [m]."""
+    factors = [_factors(t) for t in targets]
+    zero = torch.zeros((), device=device)
+    grads = [zero if f.grad is None else f.grad for fs in factors for f in fs]
+    if not grads:
+        return torch.zeros(len(targets), dtype=torch.bool, device=device)
+    nonzero = torch.stack([n.to(zero) for n in torch._foreach_norm(grads, float("inf"))]).ne(0)
+    if all(len(fs) == 2 for fs in factors):  # one adapter on each
+        return nonzero.view(-1, 2).any(1)
+    parts = cast(tuple[Tensor, ...], nonzero.split([len(fs) for fs in factors]))
+    return torch.stack([part.any() for part in parts])
+
+
+def _warn(text: str) -> None:
+    warnings.warn(f"fwlora: {text}.", stacklevel=2)
+
+
+def _autograd_task() -> int:
+    """The number of the backward pass under way (an inner one in reentrant checkpointing), -1 if there is none."""
+    return torch._C._current_graph_task_id()
+
+
+def _no_autocast(device: torch.device) -> contextlib.AbstractContextManager[Any]:
+    """Statistics are products of gradients: in a region of autocast they would be computed in fp16 and overflow."""
+    if torch.amp.is_autocast_available(device.type):
+        return torch.autocast(device.type, enabled=False)
+    return contextlib.nullcontext()
+
+
+class _ForwardHook:
+    """Calls `observe` when `layer` is called, and does nothing on copies of it (EMA models, DPO's reference model).
+
+    A copy of this object, by `copy.deepcopy` or pickle, is a function that observes nothing.
+    """
+
+    def __init__(self, layer: nn.Module, observe: Callable[[tuple[Any, ...], dict[str, Any], Any], Any]) -> None:
+        self._layer = layer
+        self._call_observe = observe
+
+    def __call__(self, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
+        return self._call_observe(args, kwargs, output) if layer is self._layer else None
+
+    def __reduce__(self) -> tuple[Callable[[], Any], tuple[()]]:
+        return _hook_of_a_copy, ()
+
+
+def _hook_of_a_copy() -> Callable[..., None]:
+    return _observe_nothing
+
+
+def _observe_nothing(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+    pass
 
 
 class _Capture(torch.autograd.Function):
     """Identity on y, which also calls back in the backward pass.
+
+    The output is an alias of y that autograd does not take for a view: code after the layer may change it in place,
+    as it may change y, and G is then the gradient with respect to the value before the change.
 
     x goes through `save_for_backward`, so that gradient checkpointing frees and recomputes it like any other
     activation. If the checkpointed forward pass runs without gradients, this node is part of the recomputed graph.
     """
 
     @staticmethod
-    def forward(ctx: Any, y: Tensor, x: Tensor, on_backward: Callable[[Tensor, Tensor], None]) -> Tensor:
+    def forward(ctx: Any, y: Tensor, x: Tensor, on_backward: Callable[[Tensor, Tensor | None], None]) -> Tensor:
         ctx.save_for_backward(x)
         ctx.on_backward = on_backward
-        return y.view_as(y)
+        # Shares x's counter of changes in place, and no memory.
+        ctx.changes = x.detach()
+        ctx.changes.data = torch.empty(0, dtype=x.dtype, device=x.device)
+        ctx.changes_before = ctx.changes._version
+        return y.detach()
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Any) -> Any:
-        (x,) = ctx.saved_tensors
+        unchanged = ctx.changes._version == ctx.changes_before
         with torch.no_grad():
-            ctx.on_backward(grad_outputs[0], x)
+            ctx.on_backward(grad_outputs[0].detach(), ctx.saved_tensors[0] if unchanged else None)
         return grad_outputs[0], None, None
 
 
-def capture(y: Tensor, x: Tensor, on_backward: Callable[[Tensor, Tensor], None]) -> Tensor:
-    """y, such that the backward pass calls `on_backward(∂L/∂y, x)`: a layer's G and X without a weight gradient."""
+def capture(y: Tensor, x: Tensor, on_backward: Callable[[Tensor, Tensor | None], None]) -> Tensor:
+    """y, such that the backward pass calls `on_backward(∂L/∂y, x)`: a layer's G and X without a weight gradient.
+
+    x is None there if it was changed in place in between.
+    """
     return cast(Tensor, _Capture.apply(y, x.detach(), on_backward))

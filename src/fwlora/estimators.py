@@ -15,6 +15,14 @@ and the Fisher proxy of the step is `‖∇W L‖_F²`. The estimators differ in
 
 `exact` and `sketch` keep a statistic that is linear in the batch, so that micro-batches, several uses of one
 module and several processes are summed before the norm is taken, as they are for a real gradient.
+
+What each keeps at its peak, with n tokens a step, beside what training keeps anyway:
+
+    exact        X of every matrix until its backward pass (most of it is kept by training too), and one Gᵀ X at a
+                 time; with accumulation or several processes Gᵀ X of all matrices until the step
+    sketch       n·k numbers for X Ω and k·d_out for (X Ω)ᵀ G of every matrix: bounded, whatever the model's width
+    per_example  X of every matrix until its backward pass, and a T × T product for each sentence of T tokens
+    adapter      nothing
 """
 
 # Parts of torch are untyped, and its batched operations (_foreach_*) have no public names.
@@ -22,8 +30,9 @@ module and several processes are summed before the norm is taken, as they are fo
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 import torch
 from torch import Tensor
@@ -35,14 +44,50 @@ if TYPE_CHECKING:
     from jaxtyping import Float
 
 
+# A half-precision activation is read in pieces of so many numbers, so that its fp32 copy stays below 16 MiB.
+_PIECE = 2**22
+
+
+def _precision(*tensors: Tensor) -> torch.dtype:
+    """At least fp32: squares of half-precision gradients overflow or vanish."""
+    dtype = torch.float32
+    for t in tensors:
+        dtype = torch.promote_types(dtype, t.dtype)
+    return dtype
+
+
 def _rows(t: Float[Tensor, "*batch d"]) -> Float[Tensor, "n d"]:
-    """All tokens as rows, in at least fp32: squares of half-precision gradients overflow or vanish."""
-    return t.reshape(-1, t.shape[-1]).to(torch.promote_types(t.dtype, torch.float32))
+    """All tokens as rows."""
+    return t.reshape(-1, t.shape[-1])
+
+
+def _pieces(rows: Float[Tensor, "n d"], dtype: torch.dtype) -> Sequence[Tensor]:
+    """The rows in pieces whose copies of that dtype are small; in one piece if they have it already."""
+    if rows.dtype == dtype:
+        return [rows]
+    return cast(tuple[Tensor, ...], rows.split(max(1, _PIECE // rows.shape[-1])))
 
 
 def weight_gradient(g: Float[Tensor, "*batch d_out"], x: Float[Tensor, "*batch d_in"]) -> Float[Tensor, "d_out d_in"]:
     """The gradient `GᵀX` that the frozen weight does not get, summed over all leading dimensions."""
-    return _rows(g).T @ _rows(x)
+    dtype = _precision(g, x)
+    return _rows(g).to(dtype).T @ _rows(x).to(dtype)
+
+
+def sketched_inputs(x: Float[Tensor, "*batch d_in"], probe: Float[Tensor, "d_in k"]) -> Float[Tensor, "n k"]:
+    """`XΩ`: all that a sketch needs of a layer's inputs."""
+    return torch.cat([piece.to(probe.dtype) @ probe for piece in _pieces(_rows(x), probe.dtype)])
+
+
+def sketch_of(g: Float[Tensor, "*batch d_out"], sketched: Float[Tensor, "n k"]) -> Float[Tensor, "k d_out"]:
+    """`(XΩ)ᵀG` from `XΩ`: the transpose of `Gᵀ(XΩ)`, because a tall G is read several times faster along its rows."""
+    dtype = _precision(g, sketched)
+    pieces = _pieces(_rows(g), dtype)
+    parts = cast(tuple[Tensor, ...], sketched.to(dtype).split(len(pieces[0])))
+    total = parts[0].T @ pieces[0].to(dtype)
+    for part, piece in zip(parts[1:], pieces[1:], strict=True):
+        total += part.T @ piece.to(dtype)
+    return total
 
 
 def sketched_gradient(
@@ -50,11 +95,8 @@ def sketched_gradient(
     x: Float[Tensor, "*batch d_in"],
     probe: Float[Tensor, "d_in k"],
 ) -> Float[Tensor, "k d_out"]:
-    """`(XΩ)ᵀG`, which costs k·(d_in + d_out) a token instead of d_in·d_out.
-
-    It is the transpose of `Gᵀ(XΩ)`, because the product reads a tall G several times faster along its rows.
-    """
-    return (_rows(x) @ probe).T @ _rows(g)
+    """`(XΩ)ᵀG`, which costs k·(d_in + d_out) a token instead of d_in·d_out."""
+    return sketch_of(g, sketched_inputs(x, probe))
 
 
 def per_example_squared_norm(g: Float[Tensor, "*batch d_out"], x: Float[Tensor, "*batch d_in"]) -> Float[Tensor, ""]:
@@ -64,9 +106,8 @@ def per_example_squared_norm(g: Float[Tensor, "*batch d_out"], x: Float[Tensor, 
     the mean over n examples, `n` times this is the trace of the matrix's block of the empirical Fisher matrix.
     A two-dimensional input has one token per example.
     """
-    g = g.to(torch.promote_types(g.dtype, torch.float32))
-    x = x.to(torch.promote_types(x.dtype, torch.float32))
-    g, x = (t.reshape(t.shape[0], -1, t.shape[-1]) for t in (g, x))
+    dtype = _precision(g, x)
+    g, x = (t.reshape(t.shape[0], -1, t.shape[-1]).to(dtype) for t in (g, x))
     return ((g @ g.mT) * (x @ x.mT)).sum()
 
 
@@ -99,7 +140,7 @@ def adapter_squared_norm(
     initialisation, with LoRA's dropout off. A then aligns with the gradient and the estimate grows, unevenly over
     matrices (9x after 20 steps in one run): use it for a rough ranking only. `shapes` holds (r, d_in).
     """
-    squares = squared_norms([g.to(torch.promote_types(g.dtype, torch.float32)) for g in grads_b])
+    squares = squared_norms([g.to(_precision(g)) for g in grads_b])
     factor = torch.tensor([3.0 * d_in / r for r, d_in in shapes], dtype=squares.dtype)
     return squares * factor.to(squares.device) / scales.to(squares).square()
 
@@ -129,8 +170,8 @@ def update_average(
 class HookedEstimator:
     """What a hook keeps of a layer's G and X in a backward pass, and the f_m that follows from it.
 
-    This class is "exact". An estimator of your own overrides what it does differently, and is added with
-    `fwlora.register_estimator`. Everything runs without autograd, in at least fp32.
+    This class keeps the weight gradient `GᵀX`. An estimator of your own overrides what it does differently, and is
+    added with `fwlora.register_estimator`. Everything runs without autograd and outside autocast.
 
     Attributes:
         config: the settings of the run.
@@ -143,15 +184,32 @@ class HookedEstimator:
     def __init__(self, config: FWLoraConfig) -> None:
         self.config = config
 
+    def compress(self, x: Tensor, step: int) -> Tensor:
+        """What is kept of a layer's inputs from the forward to the backward pass; by default the inputs themselves.
+
+        Args:
+            x: the layer's inputs, [*batch, d_in].
+            step: the optimizer step, counted from 0.
+        """
+        return x
+
     def statistic(self, g: Tensor, x: Tensor, step: int) -> Tensor:
         """What is kept of one use of a layer. Micro-batches, uses and processes are summed before `measure`.
 
         Args:
             g: gradients of the loss with respect to the layer's outputs, [*batch, d_out].
-            x: the layer's inputs, [*batch, d_in].
+            x: what `compress` returned in the forward pass: by default the layer's inputs, [*batch, d_in].
             step: the optimizer step, counted from 0.
         """
         return weight_gradient(g, x)
+
+    def reduce(self, statistic: Tensor) -> Tensor:
+        """What `measure` needs of a statistic to which nothing is added any more; by default the statistic itself.
+
+        If this is overridden, `measure` must take either. It saves memory where a step has one backward pass and one
+        process: then no statistic is kept for longer than its layer's backward pass.
+        """
+        return statistic
 
     def shape(self, d_out: int, d_in: int) -> tuple[int, ...]:
         """The statistic's shape; a matrix that no gradient reached in a step gets zeros of it."""
@@ -169,17 +227,39 @@ class HookedEstimator:
     def end_step(self) -> None:
         """Drop what belongs to one step only. Called after each observed step."""
 
+    def bytes(self, d_out: int, d_in: int, dtype: torch.dtype) -> int:
+        """The memory that the statistic of one matrix takes until the step, if it is not reduced before."""
+        return math.prod(self.shape(d_out, d_in)) * dtype.itemsize
+
+    @property
+    def reduces(self) -> bool:
+        """Whether `reduce` is overridden."""
+        return type(self).reduce is not HookedEstimator.reduce
+
+
+class ExactEstimator(HookedEstimator):
+    """The weight gradient itself; only its norm is kept where nothing more is added to it."""
+
+    def reduce(self, statistic: Tensor) -> Tensor:
+        return torch._foreach_norm([statistic])[0]
+
 
 class SketchEstimator(HookedEstimator):
     """A Gaussian sketch of the weight gradient, with one probe for all matrices of one width in a step."""
 
     def __init__(self, config: FWLoraConfig) -> None:
         super().__init__(config)
-        self._probes: dict[tuple[int, torch.device, torch.dtype], Tensor] = {}
+        self._probes: dict[tuple[int, int, torch.device, torch.dtype], Tensor] = {}
+
+    def compress(self, x: Tensor, step: int) -> Tensor:
+        # In the forward pass, so that neither the backward pass nor a change of x in place needs x itself.
+        return sketched_inputs(x, self._probe(x, step))
 
     def statistic(self, g: Tensor, x: Tensor, step: int) -> Tensor:
-        dtype = torch.promote_types(x.dtype, torch.float32)
-        key = (x.shape[-1], x.device, dtype)
+        return sketch_of(g, x)
+
+    def _probe(self, x: Tensor, step: int) -> Tensor:
+        key = (step, x.shape[-1], x.device, _precision(x))
         if key not in self._probes:
             self._probes[key] = gaussian_probe(
                 x.shape[-1],
@@ -187,9 +267,9 @@ class SketchEstimator(HookedEstimator):
                 seed=self.config.seed,
                 step=step,
                 device=x.device,
-                dtype=dtype,
+                dtype=_precision(x),
             )
-        return sketched_gradient(g, x, self._probes[key])
+        return self._probes[key]
 
     def shape(self, d_out: int, d_in: int) -> tuple[int, ...]:
         return self.config.sketch_columns, d_out
@@ -218,7 +298,7 @@ class PerExampleEstimator(HookedEstimator):
 
 # "adapter" is not here: it reads the gradient of B, which PEFT computes anyway, and needs no hook (see `capture`).
 _HOOKED: dict[str, Callable[[FWLoraConfig], HookedEstimator]] = {
-    "exact": HookedEstimator,
+    "exact": ExactEstimator,
     "sketch": SketchEstimator,
     "per_example": PerExampleEstimator,
 }

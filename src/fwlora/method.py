@@ -105,7 +105,8 @@ class FisherWeightedLoRA:
             self._capture = AdapterCapture(self._trained, self._penalty)
         else:
             self._capture = HookCapture(
-                self.targets,
+                self._trained,
+                self._penalty,
                 hooked_estimator(config),
                 dtype=self._fisher.dtype,
                 step=lambda: self.step,
@@ -201,7 +202,7 @@ class FisherWeightedLoRA:
             "config": asdict(self.config),
             "warmup_steps": self.warmup_steps,
             "observations": self._observations,
-            "split_half": self._split_half.state_dict(),
+            **self._split_half.state_dict(self._fisher),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -220,12 +221,14 @@ class FisherWeightedLoRA:
         if self.phase == "detached":
             raise ValueError("this handle is detached: attach again, then load the state")
         self.step = int(state["step"])
-        self._fisher.copy_(state["fisher"])
-        self._skipped.copy_(state["skipped"])
-        if self.warmup_steps is None and "split_half" in state:  # not in states from before version 0.2
-            self.warmup_steps = state["warmup_steps"]
+        self._fisher.copy_(torch.as_tensor(state["fisher"]))
+        self._skipped.copy_(torch.as_tensor(state["skipped"]))
+        if "half_fisher" in state:  # not in states from before version 0.2
+            self.warmup_steps = self.warmup_steps or state["warmup_steps"]
             self._observations = state["observations"]
-            self._split_half.load_state_dict(state["split_half"])
+            self._split_half.load_state_dict(
+                {**state, "half_fisher": torch.as_tensor(state["half_fisher"]).to(self._fisher)}
+            )
         self._capture.forget()
         if self.warmup_steps is not None and self.step >= self.warmup_steps:
             self._freeze()
@@ -266,7 +269,7 @@ class FisherWeightedLoRA:
         if not self._trained.refresh():
             return
         self._penalty.rebuild()
-        self._capture.follow(self._trained.targets)
+        self._capture.follow()
         refuse_deepspeed(self._trained.factors or [p for t in self.targets for p in t.layer.parameters()])
         if new := self._trained.untrained - before:
             names = ", ".join(map(repr, sorted(new)))
@@ -423,7 +426,7 @@ def attach(
         ValueError: nothing to attach to, or a layer, adapter, optimizer or setting that the method is not
             defined for. The message says what to do.
     """
-    refuse_deepspeed([], optimizer)
+    refuse_deepspeed(model.parameters(), optimizer)
     if isinstance(getattr(optimizer, "optimizer", None), torch.optim.Optimizer):
         # Accelerate's wrapper calls itself an Optimizer, but has none of its hooks.
         scaler = getattr(optimizer, "scaler", None) if scaler is None else scaler

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor
 
 from fwlora.weighting import average_ranks
@@ -60,10 +61,11 @@ class SplitHalf:
         later = fisher - self._decay ** (counted - half[0]) * half[1]
         return rank_correlation(half[1], later) >= RELIABLE
 
-    def state_dict(self) -> dict[str, Any]:
-        counted, fisher = self._half or (0, None)
-        return {"next": self._next, "counted": counted, "fisher": fisher}
+    def state_dict(self, fisher: Float[Tensor, " m"]) -> dict[str, Any]:
+        """What `load_state_dict` takes; `fisher` says how F looks, for the time before the first half is over."""
+        counted, half = self._half or (0, torch.zeros_like(fisher))
+        return {"next_check": self._next, "half_counted": counted, "half_fisher": half.clone()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self._next = state["next"]
-        self._half = None if state["fisher"] is None else (state["counted"], state["fisher"])
+        self._next = state["next_check"]
+        self._half = (state["half_counted"], state["half_fisher"]) if state["half_counted"] else None

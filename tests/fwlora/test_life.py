@@ -385,3 +385,28 @@ def test_a_warmup_of_unknown_length_resumes_where_it_was(stop):
     observe(resumed, second, f, 80 - stop)
     assert (resumed.phase, resumed.warmup_steps) == ("penalty", 64)
     assert resumed.fisher() == whole.fisher()
+
+
+# DeepSpeed (not installed here): its optimizer is known by its module, its ZeRO parameters by what it hangs on them
+
+
+@pytest.mark.parametrize("seen", ["optimizer", "wrapped optimizer", "parameters"])
+def test_deepspeed_is_refused_by_name(seen):
+    model, optimizer = two_adapters()
+    own = type("DeepSpeedZeroOptimizer", (), {"__module__": "deepspeed.runtime.zero.stage_1_and_2"})()
+    if seen == "parameters":
+        for p in trainable(model):
+            p._hp_mapping = None
+    given = {"optimizer": own, "wrapped optimizer": type("Wrapper", (), {"optimizer": own})()}.get(seen, optimizer)
+    with pytest.raises(ValueError, match="cannot work with DeepSpeed.*DDP, or FSDP2"):
+        fwlora.attach(model, given)
+
+
+def test_deepspeed_after_attach_is_refused_at_the_first_step():
+    model, optimizer = two_adapters()
+    fwlora.attach(model, optimizer, CONFIG)
+    for p in trainable(model):  # what deepspeed.initialize does with ZeRO 1 and 2
+        p._hp_mapping = None
+    optimizer.param_groups[0]["params"] = [torch.nn.Parameter(torch.zeros(100))]
+    with pytest.raises(ValueError, match="cannot work with DeepSpeed"):
+        optimizer.step()

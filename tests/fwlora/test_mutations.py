@@ -66,8 +66,8 @@ MUTANTS = {
     ),
     "G and X swapped": (
         "estimators",
-        "return _rows(g).T @ _rows(x)",
-        "return _rows(x).T @ _rows(g)",
+        "return _rows(g).to(dtype).T @ _rows(x).to(dtype)",
+        "return _rows(x).to(dtype).T @ _rows(g).to(dtype)",
         test_tensor_functions.test_weight_gradient_by_hand,
     ),
     "the norm not squared": (
@@ -90,8 +90,8 @@ MUTANTS = {
     ),
     "micro-batches averaged after the norm": (
         "capture",
-        "statistic if before is None else before.add_(statistic)",
-        "statistic",
+        "self._sums[index] = before.add_(part.statistic)",
+        "self._sums[index] = part.statistic",
         lambda: test_method.test_exact_is_the_gradient_of_an_unfrozen_twin("linear", 2),
     ),
 }

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fwlora_lab.lanes.packing import Block, Packed
+from fwlora_lab.lanes.packing import Packed
 
 
 class _PackedAttention(torch.autograd.Function):
@@ -105,7 +105,7 @@ def attention(
     packed: Packed,
     heads: int,
     scaling: float,
-    dropout_mask: Callable[[Block, tuple[int, ...]], Tensor] | None = None,
+    masks: Sequence[Tensor | None] | None = None,
     biases: Sequence[Tensor] | None = None,
 ) -> Tensor:
     """`softmax(scaling · QKᵀ + bias) V` within each sentence: [E, N, 3·heads·d_head] -> [E, N, heads·d_head].
@@ -116,14 +116,10 @@ def attention(
         packed: which tokens belong to which sentence.
         heads: number of attention heads.
         scaling: usually 1/√d_head.
-        dropout_mask: gives a block's mask of attention dropout in the shape [S, heads, t, T], divided by 1 − p.
+        masks: by block, dropout of the attention's probabilities, see `PassContext.attention_masks`.
         biases: by block, see `biases_of_blocks`; no gradient flows into them.
     """
-    masks: list[Tensor | None] = [None] * len(packed.blocks)
-    if dropout_mask is not None:
-        for i, block in enumerate(packed.blocks):
-            s, t = block.token_index.shape
-            masks[i] = dropout_mask(block, (s, heads, t if queries is None else 1, t)).flatten(0, 1)
+    masks = [None] * len(packed.blocks) if masks is None else masks
     flat_queries = None if queries is None else queries.flatten(0, 1)
     out = _PackedAttention.apply(tokens.flatten(0, 1), flat_queries, packed, heads, scaling, masks, biases)
     like = tokens if queries is None else queries

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Sequence
-from functools import partial
+from dataclasses import replace
 from operator import attrgetter
 from typing import Any, cast
 
@@ -14,7 +14,8 @@ from transformers import PreTrainedModel
 
 from fwlora_lab.lanes.adapted_linear import LinearGroup, adapted_linear
 from fwlora_lab.lanes.architectures import Architecture, architecture_of
-from fwlora_lab.lanes.attention import attention, biases_of_blocks
+from fwlora_lab.lanes.attention import attention
+from fwlora_lab.lanes.disentangled import DisentangledAttention, PassPositions
 from fwlora_lab.lanes.dropout import add_dropped
 from fwlora_lab.lanes.pass_context import PassContext
 
@@ -64,6 +65,7 @@ class LaneLayer(nn.Module):
         layer = model.get_submodule(name)
         self.last, self.heads = last, model.config.num_attention_heads
         self.scaling = (cast(nn.Linear, layer.get_submodule(parts.query)).out_features // self.heads) ** -0.5
+        self.disentangled = DisentangledAttention(layer.get_submodule("attention.self")) if parts.disentangled else None
         self.attention_dropout, self.projection_dropout, self.output_dropout = (
             0.0 if path is None else _dropout_rate(layer, path)
             for path in (parts.attention_dropout, parts.projection_dropout, parts.output_dropout)
@@ -87,22 +89,33 @@ class LaneLayer(nn.Module):
         found = [self.first_query, self.inputs, self.projection, self.intermediate, self.output]
         return [linear for linear in found if linear is not None]
 
-    def forward(self, x: Tensor, context: PassContext, biases: Sequence[Tensor] | None) -> Tensor:
-        """biases: see `attention`."""
-        packed = context.packed
-        tokens, queries = self.inputs(x, context), None
-        if self.first_query is not None:
-            first = packed.first_token
-            x = x.flatten(0, 1).index_select(0, first.flatten()).view(*first.shape, -1)
-            queries = self.first_query(x, context)
-        attention_mask = None
-        if context.rng is not None and self.attention_dropout > 0.0:
-            attention_mask = partial(context.attention_mask, p=self.attention_dropout)
-        attended = attention(tokens, queries, packed, self.heads, self.scaling, attention_mask, biases)
+    def forward(self, x: Tensor, context: PassContext, positions: Any) -> Tensor:
+        """positions: what the family's `Architecture.positions` gives for this batch."""
+        packed, first, rows = context.packed, None, None
+        if self.last:
+            index = packed.first_token
+            first = x.flatten(0, 1).index_select(0, index.flatten()).view(*index.shape, -1)
+        if self.disentangled is not None:
+            rows = self.disentangled.rows(context, positions)
+        front = rows if self.disentangled is not None and self.disentangled.shared else None
+        tokens, queries = self.inputs(_stacked(front, x), context), None
+        if first is not None:
+            assert self.first_query is not None
+            x, queries = first, self.first_query(_stacked(front, first), context)
+        masks = context.attention_masks(self.heads, self.attention_dropout, self.last)
+        if self.disentangled is None:
+            attended = attention(tokens, queries, packed, self.heads, self.scaling, masks, positions)
+        else:
+            assert rows is not None
+            attended = self.disentangled(tokens, queries, rows, packed, positions, masks)
         y = self.projection(attended, context)
         x = self.attention_norm(add_dropped(x, y, context.hidden_mask(y, self.projection_dropout, self.last)))
         y = self.output(self.activation(self.intermediate(x, context)), context)
         return self.output_norm(add_dropped(x, y, context.hidden_mask(y, self.output_dropout, self.last)))
+
+
+def _stacked(front: Tensor | None, x: Tensor) -> Tensor:
+    return x if front is None else torch.cat([front, x], 1)
 
 
 class LaneHead:
@@ -114,7 +127,7 @@ class LaneHead:
     def __init__(self, model: PreTrainedModel) -> None:
         # A step is the name of a Linear, the rate of a dropout, or a function.
         self.steps: list[str | float | Callable[[Tensor], Tensor]] = []
-        for step in architecture_of(model.config).head:
+        for step in architecture_of(model.config).head(model.config):
             if isinstance(step, str) and isinstance(dropout := model.get_submodule(step), nn.Dropout):
                 step = dropout.p
             self.steps.append(step)
@@ -160,7 +173,7 @@ class LaneEncoder:
         self._token_types = parts.token_types
         # Where both widths are equal, no projection exists.
         self._projection: Any = getattr(encoder, parts.embeddings_projection or "", None)
-        self._position_bias = None if parts.position_bias is None else parts.position_bias(encoder)
+        self._positions = None if parts.positions is None else parts.positions(encoder)
         self._layers = cast(nn.ModuleList, encoder.get_submodule(parts.layers))
         self.groups: list[LinearGroup] = []  # the products with a target, in the order of the layers
         for i in range(len(self._layers)):
@@ -185,7 +198,9 @@ class LaneEncoder:
             x = x * mask
         if self._projection is not None:
             x = self._projection(x)
-        biases = None if self._position_bias is None else biases_of_blocks(packed, self._position_bias)
+        positions = None if self._positions is None else self._positions(packed)
+        if isinstance(positions, PassPositions):
+            context = replace(context, position_counts=positions.counts)
         for layer in self._layers:
-            x = layer(x, context, biases)
+            x = layer(x, context, positions)
         return x
