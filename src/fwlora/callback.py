@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import warnings
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
@@ -17,6 +18,7 @@ from fwlora.config import FWLoraConfig
 from fwlora.method import FisherWeightedLoRA, attach
 
 _SAVED = "saved_state"
+_TENSOR = "tensor"
 
 
 class FWLoraCallback(TrainerCallback, ExportableState):
@@ -44,10 +46,7 @@ class FWLoraCallback(TrainerCallback, ExportableState):
 
     def state(self) -> dict[str, Any]:
         """What the Trainer writes into `trainer_state.json`: numbers and lists, from which F comes back exactly."""
-        saved: dict[str, Any] | None = None
-        if self.handle is not None:
-            values = self.handle.state_dict()
-            saved = {k: cast(Any, v).tolist() if isinstance(v, Tensor) else v for k, v in values.items()}
+        saved = None if self.handle is None else _to_json(self.handle.state_dict())
         return {"args": {"config": asdict(self.config)}, "attributes": {_SAVED: saved}}
 
     def on_train_begin(
@@ -60,8 +59,11 @@ class FWLoraCallback(TrainerCallback, ExportableState):
                 "the process one GPU (CUDA_VISIBLE_DEVICES=0), or use estimator='adapter'."
             )
         self._go_before_the_reporters()
-        if self.handle is not None:  # of an earlier train(), or of a batch size that did not fit in memory
-            self.handle.detach()
+        if self.handle is not None:
+            # Of an earlier train(), which said so if it ended in the warm-up, or of one that broke off: by an error, or
+            # because its batches did not fit in memory and the Trainer now tries smaller ones.
+            with warnings.catch_warnings(action="ignore"):
+                self.handle.detach()
         self.handle = attach(kwargs["model"], kwargs["optimizer"], self.config, total_steps=state.max_steps)
         if state.global_step > 0:
             self.handle.load_state_dict(self._saved_state(self.handle, args, state))
@@ -112,11 +114,7 @@ class FWLoraCallback(TrainerCallback, ExportableState):
         callbacks: dict[str, Any] = state.stateful_callbacks  # type: ignore[assignment]
         if name in callbacks:
             saved = callbacks[name]["attributes"][_SAVED]
-            own = handle.state_dict()
-            return {
-                k: torch.tensor(v, dtype=own[k].dtype) if isinstance(own.get(k), Tensor) else v
-                for k, v in saved.items()
-            }
+            return _from_json(saved, handle.state_dict()["fisher"].device)
         # Version 0.1 wrote a file of its own into the checkpoint. The Trainer does not say where the checkpoint lies:
         # the output folder's is taken only if its state of the Trainer is the one that training resumes from.
         folder = Path(args.output_dir or ".") / f"checkpoint-{state.global_step}"
@@ -131,3 +129,22 @@ class FWLoraCallback(TrainerCallback, ExportableState):
             "written without this callback. Start from the beginning, or leave the callback out. (A checkpoint of "
             f"fwlora 0.1 is read only as {folder}: put it there.)"
         )
+
+
+def _to_json(value: Any) -> Any:
+    """The same of numbers, strings, lists and dictionaries only. JSON keeps every bit of a float up to 64 bits."""
+    if isinstance(value, Tensor):
+        return {_TENSOR: cast(Any, value).tolist(), "dtype": str(value.dtype).removeprefix("torch.")}
+    if isinstance(value, dict):
+        return {k: _to_json(v) for k, v in cast(dict[str, Any], value).items()}
+    return value
+
+
+def _from_json(value: Any, device: torch.device) -> Any:
+    """What `_to_json` was given, with its tensors on `device`."""
+    if not isinstance(value, dict):
+        return value
+    entries = cast(dict[str, Any], value)
+    if _TENSOR in entries:
+        return torch.tensor(entries[_TENSOR], dtype=getattr(torch, entries["dtype"]), device=device)
+    return {k: _from_json(v, device) for k, v in entries.items()}

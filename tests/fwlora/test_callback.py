@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import warnings
 from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,8 @@ from trainer_runs import BATCH, CONFIG, STEPS, InOrder, adapters, bert, hooks, r
 from transformers import TrainerCallback
 
 import fwlora
-from fwlora import FisherWeightedLoRA, FWLoraCallback
+from fwlora import FisherWeightedLoRA, FWLoraCallback, FWLoraConfig
+from fwlora.callback import _from_json, _to_json
 
 STATE = "trainer_state.json"
 
@@ -110,6 +112,24 @@ class FailsInTheWarmup(InOrder):
         return super().training_step(*args, **kwargs)
 
 
+class StopsAt(TrainerCallback):
+    def __init__(self, step: int) -> None:
+        self.step = step
+
+    def on_step_end(self, args, state, control, **kwargs):
+        control.should_training_stop = state.global_step == self.step
+
+
+def test_who_stops_in_the_warmup_is_told_once(tmp_path):
+    callback = FWLoraCallback(CONFIG)
+    trainer = trainer_of(tmp_path, bert(), callback)
+    trainer.add_callback(StopsAt(3))
+    with pytest.warns(UserWarning, match="training ended after 3 steps, within the warm-up of 4") as told:
+        trainer.train()
+    assert len([w for w in told if "fwlora" in str(w.message)]) == 1
+    assert set(callback.handle.weights()) == set(callback.handle.names)
+
+
 def test_auto_find_batch_size_starts_anew(tmp_path):
     class Small(InOrder):
         """No more than BATCH sentences fit; the backward pass of the first batch still comes to its end."""
@@ -125,7 +145,9 @@ def test_auto_find_batch_size_starts_anew(tmp_path):
     trainer = trainer_of(
         tmp_path, model, callback, kind=Small, auto_find_batch_size=True, per_device_train_batch_size=BATCH + 2
     )
-    trainer.train()
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message="fwlora")
+        trainer.train()
     alone = FWLoraCallback(CONFIG)
     trainer_of(tmp_path, fresh, alone).train()
     assert trainer.state.global_step == STEPS
@@ -142,7 +164,7 @@ def test_data_parallel_is_refused(tmp_path):
 
 def test_a_warmup_that_fills_the_run_is_refused(tmp_path):
     with pytest.raises(ValueError, match="only 10 optimizer steps"):
-        trainer_of(tmp_path, bert(), FWLoraCallback({"warmup_steps": 500})).train()
+        trainer_of(tmp_path, bert(), FWLoraCallback(FWLoraConfig(warmup_steps=500))).train()
 
 
 # Checkpoints
@@ -196,6 +218,10 @@ def state_in(checkpoint: Path) -> dict[str, Any]:
     return json.loads((checkpoint / STATE).read_text())["stateful_callbacks"]["FWLoraCallback"]
 
 
+def saved_in(checkpoint: Path) -> dict[str, Any]:
+    return _from_json(state_in(checkpoint)["attributes"]["saved_state"], torch.device("cpu"))
+
+
 @pytest.mark.parametrize("stop", [2, 4, 6])
 def test_training_resumes_from_a_checkpoint_in_any_folder(tmp_path, whole, stop):
     elsewhere = tmp_path / "elsewhere" / "of another name"
@@ -204,10 +230,10 @@ def test_training_resumes_from_a_checkpoint_in_any_folder(tmp_path, whole, stop)
     decoy = tmp_path / "out" / f"checkpoint-{stop}"
     shutil.copytree(elsewhere, decoy)
     other = json.loads((decoy / STATE).read_text())
-    values = other["stateful_callbacks"]["FWLoraCallback"]["attributes"]["saved_state"]
-    values["fisher"] = [2.0 * f + 1.0 for f in values["fisher"]]
+    fisher = other["stateful_callbacks"]["FWLoraCallback"]["attributes"]["saved_state"]["fisher"]
+    fisher["tensor"] = [2.0 * f + 1.0 for f in fisher["tensor"]]
     (decoy / STATE).write_text(json.dumps(other))
-    torch.save({**values, "fisher": torch.tensor(values["fisher"]), "skipped": torch.tensor(0)}, decoy / "fwlora.pt")
+    torch.save({**saved_in(elsewhere), "fisher": torch.tensor(fisher["tensor"])}, decoy / "fwlora.pt")
 
     model = scrambled()
     callback = FWLoraCallback(CONFIG)
@@ -230,14 +256,15 @@ def test_the_trainer_may_restore_the_callback_itself(tmp_path, whole):
 def test_checkpoints_of_version_0_1_are_read(tmp_path, whole):
     checkpoint = tmp_path / "checkpoint-2"
     shutil.copytree(whole.folder / "checkpoint-2", checkpoint)
-    values = state_in(checkpoint)["attributes"]["saved_state"]
-    former(checkpoint, {**values, "fisher": torch.tensor(values["fisher"]), "skipped": torch.tensor(0)})
+    values = saved_in(checkpoint)
+    former(checkpoint, {name: values[name] for name in ("step", "fisher", "skipped", "names", "config")})
     model = scrambled()
     callback = FWLoraCallback(CONFIG)
     trainer = trainer_of(tmp_path, model, callback, save_strategy="steps", save_steps=4)
     trainer.train(resume_from_checkpoint=str(checkpoint))
     assert whole.equals(model, callback.handle)
-    assert state_in(tmp_path / "checkpoint-4") == state_in(whole.folder / "checkpoint-4")
+    again, want = saved_in(tmp_path / "checkpoint-4"), saved_in(whole.folder / "checkpoint-4")
+    assert again["step"] == want["step"] == 4 and torch.equal(again["fisher"], want["fisher"])
 
     # From elsewhere, the file in the output folder could be another run's.
     elsewhere = tmp_path / "elsewhere"
@@ -247,6 +274,22 @@ def test_checkpoints_of_version_0_1_are_read(tmp_path, whole):
     (elsewhere / STATE).write_text(json.dumps(text))
     with pytest.raises(ValueError, match="put it there"):
         trainer_of(tmp_path, bert(), FWLoraCallback(CONFIG)).train(resume_from_checkpoint=str(elsewhere))
+
+
+def test_the_state_survives_json_bit_by_bit():
+    state = {
+        "step": 3,
+        "names": ["a"],
+        "fisher": torch.tensor([1.0 / 3.0, 1e-45, 3.4e38, 0.0]),
+        "half": {"counted": 2, "fisher": torch.tensor([0.1, 5e-324], dtype=torch.float64), "none": None},
+        "skipped": torch.tensor(2),
+    }
+    back = _from_json(json.loads(json.dumps(_to_json(state))), torch.device("cpu"))
+    assert back["fisher"].dtype == torch.float32 and torch.equal(back["fisher"], state["fisher"])
+    half = back["half"].pop("fisher")
+    assert half.dtype == torch.float64 and torch.equal(half, state["half"]["fisher"])
+    assert back["skipped"].dtype == torch.int64 and back["skipped"].shape == () and int(back["skipped"]) == 2
+    assert back["half"] == {"counted": 2, "none": None} and back["names"] == ["a"] and back["step"] == 3
 
 
 def test_a_checkpoint_without_the_state_is_refused(tmp_path):
@@ -320,11 +363,7 @@ def test_what_is_pushed_to_a_hub_resumes(tmp_path, whole, monkeypatch, strategy,
         hub_token="no token",
     )
 
-    class StopsAtSix(TrainerCallback):
-        def on_step_end(self, args, state, control, **kwargs):
-            control.should_training_stop = state.global_step == 6
-
-    first.add_callback(StopsAtSix())
+    first.add_callback(StopsAt(6))
     first.train()
     shutil.rmtree(tmp_path / "out")
     model = scrambled()
