@@ -10,11 +10,9 @@ pass whose gradients are zeroed, and a pass with the adapters disabled count for
 
 from __future__ import annotations
 
-import contextlib
 import warnings
 import weakref
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from functools import partial
 from typing import Any, Protocol, cast
 
@@ -26,7 +24,9 @@ from torch.utils.hooks import RemovableHandle
 
 from fwlora.adapters import Target
 from fwlora.estimators import HookedEstimator, adapter_squared_norm
+from fwlora.layer_hooks import ForwardHook, autograd_task, capture, no_autocast
 from fwlora.penalty_step import PenaltyStep
+from fwlora.step_statistics import StepStatistics
 from fwlora.trained import TrainedAdapters
 
 # Statistics of less than this, all matrices together, are kept until the step without asking whether they must be.
@@ -90,18 +90,6 @@ class AdapterCapture:
         pass
 
 
-@dataclass
-class _Passed:
-    """What a backward pass has gathered of a target.
-
-    `continues` says whether the gradients of earlier passes of the step were still there when it began, a boolean
-    tensor; None if there were none: no earlier pass, or its gradients were set to None.
-    """
-
-    statistic: Tensor
-    continues: Tensor | None
-
-
 class HookCapture:
     """The hooked estimators: a forward hook on each target, whose backward pass hands over G and X.
 
@@ -143,13 +131,6 @@ class HookCapture:
         self._is_observing = is_observing
         self._scaler = scaler
         self._given_group = group
-        # Statistics of the backward passes under way, by the number of autograd's task and the target.
-        self._passes: dict[int, dict[int, _Passed]] = {}
-        # Statistics of the step: what passes have accumulated into `.grad` since the last optimizer step.
-        self._sums: list[Tensor | None] = [None] * len(targets)
-        # Statistics of passes that ended without accumulating into the factors that are known here, by target.
-        self._left: dict[int, list[_Passed]] = {}
-        self._accumulated: set[int] = set()  # targets whose factors got a gradient in this step
         self._ever_accumulated: set[int] = set()
         self._changed_inputs: set[int] = set()  # targets whose inputs are changed in place after the layer
         self._spoiled = False  # a part of this step was not seen
@@ -158,11 +139,16 @@ class HookCapture:
         self._instead: AdapterCapture | None = None
         self._bytes = sum(estimator.bytes(t.out_features, t.in_features, dtype) for t in targets)
         several = self._group is not None
-        self._keeps_sums = several or not estimator.reduces or self._bytes <= SMALL
-        if self._keeps_sums:
+        self._gathered = StepStatistics(
+            estimator,
+            len(targets),
+            keeps_sums=several or not estimator.reduces or self._bytes <= SMALL,
+            on_lost_sum=self._keep_sums_from_the_next_step_on,
+        )
+        if self._gathered.keeps_sums:
             self._say_what_sums_take("several processes are averaged" if several else "each step")
         self._handles: list[RemovableHandle] = [
-            t.layer.register_forward_hook(_ForwardHook(t.layer, partial(self._observe, i)), with_kwargs=True)
+            t.layer.register_forward_hook(ForwardHook(t.layer, partial(self._observe, i)), with_kwargs=True)
             for i, t in enumerate(targets)
         ]
         self._factor_handles: list[RemovableHandle] = []
@@ -200,22 +186,22 @@ class HookCapture:
         for i, (old, new) in enumerate(zip(before, self._targets, strict=True)):
             if old.pairs != new.pairs and any(f.grad is not None for f in _factors(new)):
                 # The parameters were replaced before the pass (Accelerate and fully_shard do that), so it went unseen.
-                self._take_what_is_left(i)
+                self._gathered.commit_left(i)
         self._watch_factors()
 
     def measure(self, grad_scale: Tensor | None) -> Tensor:
-        if _autograd_task() != -1:
+        if autograd_task() != -1:
             raise RuntimeError(
                 "fwlora: optimizer.step() was called inside the backward pass (an optimizer in a gradient hook), when "
                 "the gradients of other layers are not known yet. Call it after loss.backward()."
             )
         if self._is_split:
             for i in range(len(self._targets)):
-                self._take_what_is_left(i)
+                self._gathered.commit_left(i)
         if self._instead is None:
             self._look_for_missed_targets()
         self._measured_before = True
-        self._ever_accumulated |= self._accumulated
+        self._ever_accumulated |= self._gathered.accumulated
         if self._instead is not None:
             return self._instead.measure(grad_scale)
         device = self._device
@@ -230,14 +216,11 @@ class HookCapture:
         # Gradients that were zeroed after the last pass leave nothing for the optimizer to step on. If they all were,
         # the batch was given up, and the step is left out like one whose gradients are not finite.
         reached = _reached(self._targets, f.device)
-        given_up = self._group is not None or any(s is not None for s in self._sums)
+        given_up = self._group is not None or any(s is not None for s in self._gathered.sums)
         return torch.where(reached, f, torch.where(reached.any(), 0.0, torch.nan if given_up else 0.0).to(f))
 
     def forget(self) -> None:
-        self._passes.clear()
-        self._left.clear()
-        self._sums = [None] * len(self._targets)
-        self._accumulated.clear()
+        self._gathered.clear()
         self._spoiled = False
         self._estimator.end_step()
 
@@ -260,7 +243,7 @@ class HookCapture:
         if getattr(self._targets[index].layer, "disable_adapters", False):
             return None  # a reference pass, from which the adapters learn nothing
         x = cast(Tensor, args[0] if args else kwargs["x"])
-        with torch.no_grad(), _no_autocast(x.device):
+        with torch.no_grad(), no_autocast(x.device):
             kept = self._estimator.compress(x.detach(), self._step())
             if index in self._changed_inputs:
                 kept = kept.clone()
@@ -274,18 +257,9 @@ class HookCapture:
         if x is None:
             self._keep_a_copy_of_the_inputs(index)
             return
-        with _no_autocast(g.device):
+        with no_autocast(g.device):
             statistic = self._estimator.statistic(g, x, step)
-        task = _autograd_task()
-        if task not in self._passes:
-            self._passes[task] = {}
-            engine = cast(Any, torch.autograd.Variable)._execution_engine
-            engine.queue_callback(partial(self._end, task))
-        passed = self._passes[task]
-        if index in passed:
-            passed[index].statistic.add_(statistic)
-        else:
-            passed[index] = _Passed(statistic, self._continues(index))
+        self._gathered.gather(autograd_task(), index, statistic, partial(self._continues, index))
 
     def _continues(self, index: int) -> Tensor | None:
         """Whether the pass that begins adds to gradients that are there, as `_Passed` has it."""
@@ -293,48 +267,22 @@ class HookCapture:
             there = any(f.grad is not None for f in self._trained.factors)
             return torch.ones((), dtype=torch.bool, device=self._device) if there else None
         before = [f.grad for f in _factors(self._targets[index]) if f.grad is not None]
-        return None if self._sums[index] is None or not before else _any_nonzero(before)
-
-    def _end(self, task: int) -> None:
-        """The pass has ended. What it has not accumulated into a known `.grad` counts only if `follow` says so."""
-        for i, part in self._passes.pop(task, {}).items():
-            self._left.setdefault(i, []).append(part)
-
-    def _take_what_is_left(self, index: int) -> None:
-        for part in self._left.pop(index, []):
-            self._accumulated.add(index)
-            self._add(index, part)
+        return None if self._gathered.sums[index] is None or not before else _any_nonzero(before)
 
     def commit(self, indices: list[int], factor: Tensor) -> None:
         """The pass has accumulated into a factor's `.grad`, after all its uses: its statistics belong to the step."""
         if self._spoiled or not self._is_observing():
             return
-        passed = self._passes.get(_autograd_task(), {})
-        self._accumulated.update(i for i in indices if i in passed or not any(j in passed for j in indices))
-        if not self._keeps_sums and not GradientState().sync_gradients:
-            self._keeps_sums = True  # Accelerate and the Trainer say so: further micro-batches will follow
+        if not self._gathered.keeps_sums and not GradientState().sync_gradients:
+            self._gathered.keeps_sums = True  # Accelerate and the Trainer say so: further micro-batches will follow
             self._say_what_sums_take("micro-batches are accumulated")
-        for i in indices:
-            if (part := passed.pop(i, None)) is not None:
-                self._add(i, part)
-
-    def _add(self, index: int, part: _Passed) -> None:
-        before = self._sums[index]
-        if part.continues is None or before is None:
-            self._sums[index] = part.statistic if self._keeps_sums else self._estimator.reduce(part.statistic)
-        elif self._keeps_sums:  # without waiting for the device
-            before.masked_fill_(~part.continues.to(before.device), 0)
-            self._sums[index] = before.add_(part.statistic)
-        elif bool(part.continues):
-            self._keep_sums_from_the_next_step_on()
-        else:
-            self._sums[index] = self._estimator.reduce(part.statistic)
+        self._gathered.commit(autograd_task(), indices)
 
     # What cannot be seen
 
     def _keep_sums_from_the_next_step_on(self) -> None:
         """A second pass arrives, but of the first one only the norm was kept, to which nothing can be added."""
-        self._spoiled = self._keeps_sums = True
+        self._spoiled = self._gathered.keeps_sums = True
         self._say_what_sums_take("micro-batches are accumulated")
         _warn(
             f"step {self._step()} is left out of the Fisher proxies, because only then it turned out that several "
@@ -365,8 +313,8 @@ class HookCapture:
     def _look_for_missed_targets(self) -> None:
         """Targets whose factors got a gradient in this step, while their forward and backward pass was not seen."""
         missed = [
-            i for i in sorted(self._accumulated)
-            if self._sums[i] is None and any(f.grad is not None for f in _factors(self._targets[i]))
+            i for i in sorted(self._gathered.accumulated)
+            if self._gathered.sums[i] is None and any(f.grad is not None for f in _factors(self._targets[i]))
         ]  # fmt: skip
         if self._spoiled:
             missed = []
@@ -414,7 +362,9 @@ class HookCapture:
 
     def _reduced(self) -> list[Tensor]:
         """Each target's statistic of the step; over several processes, that of the mean of their losses."""
-        statistics = [self._zeros(t) if s is None else s for s, t in zip(self._sums, self._targets, strict=True)]
+        statistics = [
+            self._zeros(t) if s is None else s for s, t in zip(self._gathered.sums, self._targets, strict=True)
+        ]
         if self._group is not None:
             if self._spoiled:
                 for s in statistics:
@@ -473,18 +423,6 @@ def _warn(text: str) -> None:
     warnings.warn(f"fwlora: {text}.", stacklevel=2)
 
 
-def _autograd_task() -> int:
-    """The number of the backward pass under way (an inner one in reentrant checkpointing), -1 if there is none."""
-    return torch._C._current_graph_task_id()
-
-
-def _no_autocast(device: torch.device) -> contextlib.AbstractContextManager[Any]:
-    """Statistics are products of gradients: in a region of autocast they would be computed in fp16 and overflow."""
-    if torch.amp.is_autocast_available(device.type):
-        return torch.autocast(device.type, enabled=False)
-    return contextlib.nullcontext()
-
-
 class _CommitHook:
     """Calls `commit` when a factor has got its gradient.
 
@@ -498,64 +436,3 @@ class _CommitHook:
     def __call__(self, factor: Tensor) -> None:
         if (capture := self._capture()) is not None:
             capture.commit(self._indices, factor)
-
-
-class _ForwardHook:
-    """Calls `observe` when `layer` is called, and does nothing on copies of it (EMA models, DPO's reference model).
-
-    A copy of this object, by `copy.deepcopy` or pickle, is a function that observes nothing.
-    """
-
-    def __init__(self, layer: nn.Module, observe: Callable[[tuple[Any, ...], dict[str, Any], Any], Any]) -> None:
-        self._layer = layer
-        self._call_observe = observe
-
-    def __call__(self, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
-        return self._call_observe(args, kwargs, output) if layer is self._layer else None
-
-    def __reduce__(self) -> tuple[Callable[[], Any], tuple[()]]:
-        return _hook_of_a_copy, ()
-
-
-def _hook_of_a_copy() -> Callable[..., None]:
-    return _observe_nothing
-
-
-def _observe_nothing(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-    pass
-
-
-class _Capture(torch.autograd.Function):
-    """Identity on y, which also calls back in the backward pass.
-
-    The output is an alias of y that autograd does not take for a view: code after the layer may change it in place,
-    as it may change y, and G is then the gradient with respect to the value before the change.
-
-    x goes through `save_for_backward`, so that gradient checkpointing frees and recomputes it like any other
-    activation. If the checkpointed forward pass runs without gradients, this node is part of the recomputed graph.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, y: Tensor, x: Tensor, on_backward: Callable[[Tensor, Tensor | None], None]) -> Tensor:
-        ctx.save_for_backward(x)
-        ctx.on_backward = on_backward
-        # Shares x's counter of changes in place, and no memory.
-        ctx.changes = x.detach()
-        ctx.changes.data = torch.empty(0, dtype=x.dtype, device=x.device)
-        ctx.changes_before = ctx.changes._version
-        return y.detach()
-
-    @staticmethod
-    def backward(ctx: Any, *grad_outputs: Any) -> Any:
-        unchanged = ctx.changes._version == ctx.changes_before
-        with torch.no_grad():
-            ctx.on_backward(grad_outputs[0].detach(), ctx.saved_tensors[0] if unchanged else None)
-        return grad_outputs[0], None, None
-
-
-def capture(y: Tensor, x: Tensor, on_backward: Callable[[Tensor, Tensor | None], None]) -> Tensor:
-    """y, such that the backward pass calls `on_backward(∂L/∂y, x)`: a layer's G and X without a weight gradient.
-
-    x is None there if it was changed in place in between.
-    """
-    return cast(Tensor, _Capture.apply(y, x.detach(), on_backward))

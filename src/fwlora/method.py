@@ -271,23 +271,8 @@ class FisherWeightedLoRA:
         self._penalty.rebuild()
         self._capture.follow()
         refuse_deepspeed(self._trained.factors or [p for t in self.targets for p in t.layer.parameters()])
-        if new := self._trained.untrained - before:
-            names = ", ".join(map(repr, sorted(new)))
-            self._say(
-                f"fwlora: the adapter {names} is active, but the optimizer that fwlora is attached to does not hold "
-                "its parameters, so it is not penalized: add them with optimizer.add_param_group, or attach to the "
-                "optimizer that trains it."
-            )
-        elif not self._trained.pairs:
-            self._say(
-                "fwlora: the optimizer that fwlora is attached to trains no active adapter any more, so nothing is "
-                "penalized: attach again, to the model and the optimizer as they are now."
-            )
-        if new := self._trained.unmeasured(self._model):
-            self._say(
-                f"fwlora: {len(new)} matrices got an adapter after attach, so F was not measured there and they are "
-                f"not penalized, the first of them {new[0]!r}: attach after all adapters were added."
-            )
+        for complaint in self._trained.complaints(self._model, before):
+            self._say(complaint)
 
     def _say(self, message: str) -> None:
         if message not in self._said:

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import copy
 import operator
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, cast
 
 import torch
@@ -85,7 +85,27 @@ class TrainedAdapters:
         """The id() of each factor that the optimizer trains."""
         return {id(f) for f, group in zip(self.factors, self.groups, strict=True) if group is not None}
 
-    def unmeasured(self, model: nn.Module) -> list[str]:
+    def complaints(self, model: nn.Module, untrained_before: set[str]) -> Iterator[str]:
+        """What keeps active adapters of `model` from being penalized, with the cure."""
+        if new := self.untrained - untrained_before:
+            names = ", ".join(map(repr, sorted(new)))
+            yield (
+                f"fwlora: the adapter {names} is active, but the optimizer that fwlora is attached to does not hold "
+                "its parameters, so it is not penalized: add them with optimizer.add_param_group, or attach to the "
+                "optimizer that trains it."
+            )
+        elif not self.pairs:
+            yield (
+                "fwlora: the optimizer that fwlora is attached to trains no active adapter any more, so nothing is "
+                "penalized: attach again, to the model and the optimizer as they are now."
+            )
+        if unmeasured := self._unmeasured(model):
+            yield (
+                f"fwlora: {len(unmeasured)} matrices got an adapter after attach, so F was not measured there and they "
+                f"are not penalized, the first of them {unmeasured[0]!r}: attach after all adapters were added."
+            )
+
+    def _unmeasured(self, model: nn.Module) -> list[str]:
         """The names of the matrices of `model` whose adapters the optimizer trains, and which are not among these."""
         known = {id(t.layer) for t in self._targets}
         held = {id(p) for g in self._optimizer.param_groups for p in g["params"]}

@@ -305,9 +305,9 @@ def test_an_estimator_never_runs_inside_autocast() -> None:
             return super().statistic(g, x, step)
 
     model = wrapped(Net, torch.float32)
-    targets = fwlora.attach(model, torch.optim.SGD(trainable(model), lr=0.0), config("adapter")).targets
+    handle = fwlora.attach(model, torch.optim.SGD(trainable(model), lr=0.0), config("adapter"))
     arguments: Any = dict(dtype=torch.float32, step=lambda: 0, is_observing=lambda: True, scaler=None, group=None)
-    capture.HookCapture(targets, Looking(config()), **arguments)
+    capture.HookCapture(handle._trained, handle._penalty, Looking(config()), **arguments)
     with torch.autocast("cpu", torch.bfloat16):
         loss_of(model, batches(1, dtype=torch.float32)[0]).backward()
     assert sorted(seen) == [("compress", False)] * 2 + [("statistic", False)] * 2
@@ -336,7 +336,7 @@ class TestWhatCounts:
         model = lora_net()
         handle = fwlora.attach(model, torch.optim.SGD(trainable(model), lr=0.0), config(estimator))
         torch.autograd.grad(loss_of(model, batches(1)[0]), trainable(model))
-        assert not handle._capture._passes  # type: ignore[attr-defined]
+        assert not handle._capture._gathered._passes  # type: ignore[attr-defined]
 
     def test_only_the_given_inputs_of_backward_count(self, estimator: str) -> None:
         """`backward(inputs=…)` without the adapters leaves their `.grad` alone, and the optimizer steps on nothing."""

@@ -89,9 +89,9 @@ MUTANTS = {
         lambda: test_method.test_grad_scaler_changes_nothing(True, False, "loss"),
     ),
     "micro-batches averaged after the norm": (
-        "capture",
-        "self._sums[index] = before.add_(part.statistic)",
-        "self._sums[index] = part.statistic",
+        "step_statistics",
+        "self.sums[index] = before.add_(part.statistic)",
+        "self.sums[index] = part.statistic",
         lambda: test_method.test_exact_is_the_gradient_of_an_unfrozen_twin("linear", 2),
     ),
 }
@@ -120,7 +120,7 @@ def test_mutant_is_caught(mutant, monkeypatch):
         old = getattr(module, key, None)
         if callable(value) and getattr(value, "__module__", None) == module.__name__ and old is not value:
             # The new function takes the old one's place wherever it was imported to.
-            for user in ("estimators", "weighting", "penalty", "penalty_step", "capture", "method"):
+            for user in ("estimators", "weighting", "penalty", "penalty_step", "step_statistics", "capture", "method"):
                 where = importlib.import_module(f"fwlora.{user}")
                 if getattr(where, key, None) is old:
                     monkeypatch.setattr(where, key, value)
