@@ -44,7 +44,7 @@ def ignored_keys(cfg: RunConfig) -> list[tuple[str, str]]:
     if cfg.model.lora.rank is None:
         ignore(["model.lora.alpha"], "without a rank there is no alpha/rank; the scale is 2")
     if packaged_encoder(cfg.model.pretrained_id):
-        ignore(["model.revision"], f"{cfg.model.pretrained_id} comes in packages")
+        ignore(["model.revision"], f"{cfg.model.pretrained_id} comes with its package")
     source = SOURCES[data.name]
     for key in sorted({key for other in SOURCES.values() for key in other.keys} - set(source.keys)):
         readers = " or ".join(other.name for other in SOURCES.values() if key in other.keys)

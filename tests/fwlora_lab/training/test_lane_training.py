@@ -208,7 +208,7 @@ def encoder_in_a_folder(world: World, folder: Path, kind: Callable[..., Pretrain
     special = {f"{k}_token_id": getattr(tokenizer, f"{k}_token_id") for k in ("pad", "cls", "sep")}
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        AutoModel.from_config(kind(vocab_size=len(tokenizer), **settings, **special)).save_pretrained(folder)
+        AutoModel.from_config(kind(vocab_size=len(tokenizer), **settings, **special)).save_pretrained(folder)  # type: ignore[call-arg]
     return str(folder)
 
 
