@@ -144,6 +144,7 @@ class HookCapture:
             len(targets),
             keeps_sums=several or not estimator.reduces or self._bytes <= SMALL,
             on_lost_sum=self._keep_sums_from_the_next_step_on,
+            may_be_replaced=lambda i: self._is_split or not _all_known(self._targets[i]),
         )
         if self._gathered.keeps_sums:
             self._say_what_sums_take("several processes are averaged" if several else "each step")
@@ -385,6 +386,16 @@ class HookCapture:
 
 def _factors(target: Target) -> list[nn.Parameter]:
     return [f for p in target.pairs for f in (p.a, p.b)]
+
+
+def _all_known(target: Target) -> bool:
+    """Whether the layer trains no other factors now, as it does once an adapter is switched or FSDP replaces them."""
+    layer: Any = target.layer
+    known = {id(f) for f in _factors(target)}
+    modules = [
+        holder[name] for holder in (layer.lora_A, layer.lora_B) for name in layer.active_adapters if name in holder
+    ]
+    return all(id(m.weight) in known or not m.weight.requires_grad for m in modules)
 
 
 def _trained_factors(targets: list[Target]) -> list[tuple[list[int], nn.Parameter]]:

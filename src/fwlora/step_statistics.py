@@ -36,6 +36,9 @@ class StepStatistics:
         targets: how many there are.
         keeps_sums: keep statistics to which more can be added; otherwise only what `estimator.reduce` leaves of them.
         on_lost_sum: called when a second pass has to be added to a statistic that was reduced.
+        may_be_replaced: whether a target may train other factors than those that `commit` is called for, so that
+            `commit_left` may follow. Otherwise nothing is kept of a pass that did not accumulate
+            (`torch.autograd.grad`).
 
     Attributes:
         sums: by target, the statistic of what was accumulated since the last step; None if there was nothing.
@@ -43,10 +46,17 @@ class StepStatistics:
     """
 
     def __init__(
-        self, estimator: HookedEstimator, targets: int, *, keeps_sums: bool, on_lost_sum: Callable[[], None]
+        self,
+        estimator: HookedEstimator,
+        targets: int,
+        *,
+        keeps_sums: bool,
+        on_lost_sum: Callable[[], None],
+        may_be_replaced: Callable[[int], bool],
     ) -> None:
         self._estimator = estimator
         self._on_lost_sum = on_lost_sum
+        self._may_be_replaced = may_be_replaced
         self.keeps_sums = keeps_sums
         self.sums: list[Tensor | None] = [None] * targets
         self.accumulated: set[int] = set()
@@ -90,7 +100,8 @@ class StepStatistics:
 
     def _end(self, task: int) -> None:
         for i, part in self._passes.pop(task, {}).items():
-            self._left.setdefault(i, []).append(part)
+            if self._may_be_replaced(i):
+                self._left.setdefault(i, []).append(part)
 
     def _add(self, index: int, part: _Passed) -> None:
         before = self.sums[index]
