@@ -3,16 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.functional import cross_entropy
 from torch.testing import assert_close
 from transformers import (
+    AutoModelForSequenceClassification,
     BertConfig,
-    BertForSequenceClassification,
+    DebertaV2Config,
+    DistilBertConfig,
+    ElectraConfig,
+    MPNetConfig,
+    PretrainedConfig,
+    PreTrainedModel,
     RobertaConfig,
-    RobertaForSequenceClassification,
 )
 
 import fwlora
@@ -21,9 +27,11 @@ from fwlora_lab.data.tokens import TokenTable, collate
 from fwlora_lab.lanes.engine import LaneEngine
 from fwlora_lab.lanes.packing import Shape, pack, pack_shaped
 from fwlora_lab.lanes.settings import LaneSettings
+from fwlora_lab.models.classifier import head_modules, head_parts
+from fwlora_lab.models.targets import target_linears
 
 F64 = torch.float64
-TARGETS = ("query", "key", "value", "intermediate.dense", "output.dense")
+TARGETS = ["query", "key", "value", "intermediate", "output"]
 
 
 def token_table() -> TokenTable:
@@ -50,21 +58,43 @@ SHAPE = dict(
 )
 
 
+def _deberta(rates: dict[str, float], **more) -> DebertaV2Config:
+    given = {"pos_att_type": ["p2c", "c2p"], "position_biased_input": False, "type_vocab_size": 0, **rates, **more}
+    return DebertaV2Config(
+        **SHAPE,
+        relative_attention=True,
+        max_relative_positions=24,
+        pooler_dropout=rates["hidden_dropout_prob"],
+        **given,
+    )  # type: ignore[arg-type]
+
+
 def classifier(kind: str, dropout: float = 0.0, seed: int = 0):
     torch.manual_seed(seed)
     rates = dict(hidden_dropout_prob=dropout, attention_probs_dropout_prob=dropout)
-    if kind == "bert":
-        return BertForSequenceClassification(BertConfig(**SHAPE, **rates)).double()
-    config = RobertaConfig(**SHAPE, **rates, pad_token_id=1, type_vocab_size=2)
-    return RobertaForSequenceClassification(config).double()
+    configs: dict[str, PretrainedConfig] = {
+        "bert": BertConfig(**SHAPE, **rates),
+        "roberta": RobertaConfig(**SHAPE, **rates, pad_token_id=1, type_vocab_size=2),
+        "mpnet": MPNetConfig(**SHAPE, **rates, pad_token_id=1),
+        "electra": ElectraConfig(**SHAPE, **rates, embedding_size=12, pad_token_id=0),
+        "distilbert": DistilBertConfig(
+            vocab_size=100, dim=16, n_layers=2, n_heads=2, hidden_dim=32, max_position_embeddings=64, pad_token_id=0,
+            dropout=dropout, attention_dropout=dropout, seq_classif_dropout=dropout,
+        ),
+        "deberta-v3": _deberta(rates, share_att_key=True, position_buckets=8, norm_rel_ebd="layer_norm"),
+        "deberta-v2": _deberta(rates, share_att_key=False, type_vocab_size=2, position_biased_input=True),
+        "deberta-c2p": _deberta(rates, share_att_key=True, position_buckets=4, pos_att_type=["c2p"]),
+    }  # fmt: skip
+    model = AutoModelForSequenceClassification.from_config(configs[kind]).double()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "relative" in name or "rel_embeddings" in name:
+                parameter.normal_(std=1.0)  # large enough that positions matter
+    return model
 
 
-def targets_of(model: nn.Module) -> list[str]:
-    return [
-        n
-        for n, m in model.named_modules()
-        if isinstance(m, nn.Linear) and n.endswith(TARGETS) and "attention.output" not in n
-    ]
+def targets_of(model: PreTrainedModel) -> list[str]:
+    return target_linears(model, TARGETS)
 
 
 def settings(rank: int, targets: Sequence[str], **more) -> LaneSettings:
@@ -86,18 +116,15 @@ def initial(model, targets, rank: int, seed: int) -> tuple[dict, dict]:
         base = model.get_submodule(n)
         a = torch.randn(rank, base.in_features, generator=g, dtype=F64) / base.in_features**0.5
         adapters[n] = (a, 0.1 * torch.randn(base.out_features, rank, generator=g, dtype=F64))
-    names = {
-        "bert": ("bert.pooler.dense", "classifier"),
-        "roberta": ("classifier.dense", "classifier.out_proj"),
-    }[model.config.model_type]
+    parts = {id(p) for part in head_parts(model) for p in part.parameters()}
     head = {
-        f"{n}.{k}": 0.2 * torch.randn(p.shape, generator=g, dtype=F64)
-        for n in names
-        for k, p in model.get_submodule(n).named_parameters()
+        n: 0.2 * torch.randn(p.shape, generator=g, dtype=F64) for n, p in model.named_parameters() if id(p) in parts
     }
     return adapters, head
 
 
+WITHOUT_TYPES = ("mpnet", "distilbert", "deberta-v3", "deberta-c2p")
+KINDS = ("bert", "roberta", "mpnet", "distilbert", "electra", "deberta-v3", "deberta-v2", "deberta-c2p")
 FW = FWLoraConfig(warmup_steps=8, fisher_ema_decay=0.9, penalty_strength=0.01)
 RUNS = [
     # (rank, learning rate, settings of the lane)
@@ -132,7 +159,8 @@ def batch_of(table: TokenTable, lane: int, step: int) -> Tensor:
 
 class World:
     def __init__(self, kind: str, table: TokenTable, dropout: float = 0.0) -> None:
-        self.kind, self.table, self.dropout = kind, table, dropout
+        self.kind, self.dropout = kind, dropout
+        self.table = replace(table, types=None) if kind in WITHOUT_TYPES else table
         self.targets = targets_of(classifier(kind))
 
     def lanes(self, which: Sequence[int], **more) -> LaneEngine:
@@ -160,7 +188,7 @@ class World:
         with torch.no_grad():
             for name, value in head.items():
                 model.get_parameter(name).copy_(value)
-        modules = ["classifier", "pooler"] if self.kind == "bert" else ["classifier"]
+        modules = head_modules(model)
         lora = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=self.targets, modules_to_save=modules)
         peft = get_peft_model(model, lora).double()
         for name, (a, b) in adapters.items():
@@ -180,7 +208,7 @@ class World:
             for group in optimizer.param_groups:
                 group["lr"] = lr * 0.99**step
             index = batch_of(self.table, i, step)
-            batch = collate(self.table, index, 1 if self.kind == "roberta" else 0, "longest", 64)
+            batch = collate(self.table, index, model.config.pad_token_id, "longest", 64)
             labels = batch.pop("labels")
             cross_entropy(peft(**batch).logits, labels).backward()
             limit = own.get("max_grad_norm", 1.0)

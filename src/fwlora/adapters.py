@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import cast
 
@@ -67,10 +67,7 @@ def find_targets(model: nn.Module) -> list[Target]:
         if not isinstance(module, LoraLayer):
             continue
         seen_layer = True
-        pairs = tuple(
-            pair_of(name, module, adapter) for adapter in module.active_adapters if _trainable(module, adapter)
-        )
-        if pairs:
+        if pairs := active_pairs(name, module):
             targets.append(Target(bare_name(name), cast(nn.Module, module), pairs))
     if targets:
         return targets
@@ -85,6 +82,15 @@ def find_targets(model: nn.Module) -> list[Target]:
     )
 
 
+def active_pairs(name: str, layer: LoraLayer) -> tuple[Pair, ...]:
+    """The factors of the layer's active, trainable adapters.
+
+    Raises:
+        ValueError: as `pair_of` does.
+    """
+    return tuple(pair_of(name, layer, adapter) for adapter in layer.active_adapters if _trainable(layer, adapter))
+
+
 def named_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     """`model.named_modules()`, which torch leaves untyped."""
     return cast(Iterator[tuple[str, nn.Module]], model.named_modules())
@@ -92,7 +98,8 @@ def named_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
 
 def bare_name(name: str) -> str:
     """The module's name in the model that the user knows, without the wrappers' prefixes."""
-    while (bare := re.sub(r"^(module|_orig_mod|base_model\.model)\.", "", name)) != name:
+    name = re.sub(r"(^|\.)(_fsdp_wrapped_module|_orig_mod|_checkpoint_wrapped_module)(?=\.|$)", "", name).lstrip(".")
+    while (bare := re.sub(r"^(module|base_model\.model)\.", "", name)) != name:
         name = bare
     return name
 
@@ -145,14 +152,32 @@ def pair_of(name: str, layer: LoraLayer, adapter: str) -> Pair:
             "its factors are partitioned by ZeRO stage 3",
             "Use ZeRO stage 2 or lower: adapters are too small to be worth partitioning.",
         )
-    if hasattr(a, "device_mesh") or hasattr(b, "device_mesh"):
-        raise refuse(
-            "its factors are sharded over devices (DTensor)",
-            "Leave the adapters out of sharding: they are too small to be worth it.",
-        )
     if layer.merged:
         raise refuse("the adapter is merged into the weight", "Call model.unmerge_adapter() first.")
     return Pair(layer, adapter, a, b)
+
+
+def refuse_deepspeed(parameters: Iterable[nn.Parameter], optimizer: object = None) -> None:
+    """Refuse DeepSpeed's ZeRO, which keeps the trained values in flat buffers that no hook on the optimizer sees.
+
+    Args:
+        parameters: the model's parameters, as they are now.
+        optimizer: what was passed as the optimizer, with the optimizers that it wraps.
+
+    Raises:
+        ValueError: the optimizer or the parameters are DeepSpeed's.
+    """
+    wrapped = optimizer
+    by_optimizer = False
+    while wrapped is not None and not by_optimizer:
+        by_optimizer = "deepspeed" in type(wrapped).__module__.lower() or "DeepSpeed" in type(wrapped).__name__
+        wrapped = getattr(wrapped, "optimizer", None)
+    if by_optimizer or any(hasattr(p, "ds_id") or hasattr(p, "_hp_mapping") for p in parameters):
+        raise ValueError(
+            "fwlora cannot work with DeepSpeed, whose optimizer trains flat copies of the parameters and not the "
+            "adapters themselves. Use DDP, or FSDP2 (torch.distributed.fsdp.fully_shard) if the model must be split: "
+            "the adapters' optimizer states are small."
+        )
 
 
 def refuse_splitting_inits(model: nn.Module) -> None:

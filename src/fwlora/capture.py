@@ -10,9 +10,7 @@ pass whose gradients are zeroed, and a pass with the adapters disabled count for
 
 from __future__ import annotations
 
-import contextlib
-import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Protocol, cast
@@ -23,8 +21,12 @@ from accelerate.state import GradientState  # pyright: ignore[reportMissingTypeS
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from fwlora import unseen
 from fwlora.adapters import Target
 from fwlora.estimators import HookedEstimator, adapter_squared_norm
+from fwlora.layer_hooks import ForwardHook, autograd_task, capture, no_autocast
+from fwlora.penalty_step import PenaltyStep
+from fwlora.trained import TrainedAdapters
 
 # Statistics of less than this, all matrices together, are kept until the step without asking whether they must be.
 SMALL = 64 * 2**20
@@ -40,6 +42,10 @@ class Capture(Protocol):
         """
         ...
 
+    def follow(self) -> None:
+        """The adapters that are trained have changed."""
+        ...
+
     def forget(self) -> None:
         """Drop what was gathered since the last observed step."""
         ...
@@ -52,20 +58,29 @@ class Capture(Protocol):
 class AdapterCapture:
     """The estimator "adapter": f from the gradients of B, which PEFT computes anyway."""
 
-    def __init__(self, targets: list[Target]) -> None:
-        if any(not t.pairs[0].b.requires_grad for t in targets):
+    def __init__(self, trained: TrainedAdapters, penalty: PenaltyStep) -> None:
+        if any(not t.pairs[0].b.requires_grad for t in trained.targets):
             raise ValueError(
                 "FWLoraConfig.estimator = 'adapter' reads the gradient of B, which is frozen here: "
                 "use estimator='sketch'."
             )
-        self._pairs = [t.pairs[0] for t in targets]
+        self._trained = trained
+        self._penalty = penalty
 
     def measure(self, grad_scale: Tensor | None) -> Tensor:
-        grads = [torch.zeros_like(p.b) if p.b.grad is None else p.b.grad for p in self._pairs]
-        scales = torch.tensor([p.scale for p in self._pairs], dtype=torch.float64)
-        shapes = [(p.a.shape[0], p.a.shape[1]) for p in self._pairs]
-        f = adapter_squared_norm(grads, scales, shapes)
+        pairs, owner = self._trained.pairs, self._trained.owner
+        first = [k for k in range(len(pairs)) if k == owner.index(owner[k])]  # the first pair of each matrix
+        factors = self._penalty.factors
+        of_b = [2 * k + 1 for k in first]
+        scales = torch.tensor([pairs[k].scale for k in first], dtype=torch.float64)
+        shapes = [(factors.full[i - 1].shape[0], factors.full[i - 1].shape[1]) for i in of_b]
+        own = adapter_squared_norm([factors.gradient(i) for i in of_b], scales, shapes)
+        f = own.new_zeros(len(self._trained.targets))
+        f[[owner[k] for k in first]] = factors.sum_over_pieces(own, of_b)
         return f if grad_scale is None else f / grad_scale.to(f.device).square()
+
+    def follow(self) -> None:
+        pass
 
     def forget(self) -> None:
         pass
@@ -95,18 +110,20 @@ class HookCapture:
     step that step is left out. Either is said in a warning that names the layers.
 
     Args:
-        targets: the frozen matrices.
+        trained: the frozen matrices and their adapters.
+        penalty: the adapters' factors, which know whether they are split over processes.
         estimator: what is kept of G and X.
         dtype: of the statistics of matrices that no gradient reached.
         step: returns the present optimizer step.
         is_observing: returns whether f is measured at this step.
         scaler: the GradScaler that enlarges the loss, or None.
-        group: the processes over which statistics are averaged, or None.
+        group: the processes over which statistics are averaged; None for this one alone, "auto" for all there are.
     """
 
     def __init__(
         self,
-        targets: list[Target],
+        trained: TrainedAdapters,
+        penalty: PenaltyStep,
         estimator: HookedEstimator,
         *,
         dtype: torch.dtype,
@@ -115,17 +132,18 @@ class HookCapture:
         scaler: Any,
         group: Any,
     ) -> None:
-        self._targets = targets
-        self._estimator = estimator
-        self._dtype = dtype
+        self._trained, self._penalty, self._estimator, self._dtype = trained, penalty, estimator, dtype
+        self._targets = targets = trained.targets
         self._step = step
         self._is_observing = is_observing
         self._scaler = scaler
-        self._group = group
+        self._given_group = group
         # Statistics of the backward passes under way, by the number of autograd's task and the target.
         self._passes: dict[int, dict[int, _Passed]] = {}
         # Statistics of the step: what passes have accumulated into `.grad` since the last optimizer step.
         self._sums: list[Tensor | None] = [None] * len(targets)
+        # Statistics of passes that ended without accumulating into the factors that are known here, by target.
+        self._left: dict[int, list[_Passed]] = {}
         self._accumulated: set[int] = set()  # targets whose factors got a gradient in this step
         self._ever_accumulated: set[int] = set()
         self._changed_inputs: set[int] = set()  # targets whose inputs are changed in place after the layer
@@ -134,56 +152,98 @@ class HookCapture:
         self._warned_of_missed = False
         self._instead: AdapterCapture | None = None
         self._bytes = sum(estimator.bytes(t.out_features, t.in_features, dtype) for t in targets)
-        self._keeps_sums = group is not None or not estimator.reduces or self._bytes <= SMALL
+        several = self._group is not None
+        self._keeps_sums = several or not estimator.reduces or self._bytes <= SMALL
         if self._keeps_sums:
-            self._say_what_sums_take("several processes are averaged" if group is not None else "each step")
+            self._say_what_sums_take("several processes are averaged" if several else "each step")
         self._handles: list[RemovableHandle] = [
-            t.layer.register_forward_hook(_ForwardHook(t.layer, partial(self._observe, i)), with_kwargs=True)
+            t.layer.register_forward_hook(ForwardHook(t.layer, partial(self._observe, i)), with_kwargs=True)
             for i, t in enumerate(targets)
         ]
-        for indices, factor in _trained_factors(targets):
-            handle = cast(Any, factor).register_post_accumulate_grad_hook(partial(self._commit, indices))
-            self._handles.append(cast(RemovableHandle, handle))
+        self._factor_handles: list[RemovableHandle] = []
+        self._watch_factors()
+
+    @property
+    def _group(self) -> Any:
+        """The processes to average over now: torch.distributed may be initialised after attach."""
+        if self._given_group != "auto":
+            return self._given_group
+        several = dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+        return dist.group.WORLD if several else None
+
+    @property
+    def _is_split(self) -> bool:
+        """Whether FSDP splits the adapters over processes: then gradients do not come to the factors by autograd."""
+        return self._penalty.factors.is_split
+
+    @property
+    def _device(self) -> torch.device:
+        return (self._trained.factors or list(self._targets[0].layer.parameters()))[0].device
+
+    def _watch_factors(self) -> None:
+        for handle in self._factor_handles:
+            handle.remove()
+        self._factor_handles = [
+            cast(RemovableHandle, cast(Any, factor).register_post_accumulate_grad_hook(partial(self._commit, indices)))
+            for indices, factor in _trained_factors(self._targets)
+        ]
+
+    def follow(self) -> None:
+        if not self._handles:
+            return
+        before, self._targets = self._targets, self._trained.targets
+        for i, (old, new) in enumerate(zip(before, self._targets, strict=True)):
+            if old.pairs != new.pairs and any(f.grad is not None for f in _factors(new)):
+                # The parameters were replaced before the pass (Accelerate and fully_shard do that), so it went unseen.
+                self._take_what_is_left(i)
+        self._watch_factors()
 
     def measure(self, grad_scale: Tensor | None) -> Tensor:
-        if _autograd_task() != -1:
+        if autograd_task() != -1:
             raise RuntimeError(
                 "fwlora: optimizer.step() was called inside the backward pass (an optimizer in a gradient hook), when "
                 "the gradients of other layers are not known yet. Call it after loss.backward()."
             )
+        if self._is_split:
+            for i in range(len(self._targets)):
+                self._take_what_is_left(i)
         if self._instead is None:
             self._look_for_missed_targets()
         self._measured_before = True
         self._ever_accumulated |= self._accumulated
         if self._instead is not None:
             return self._instead.measure(grad_scale)
-        device = self._targets[0].pairs[0].a.device
+        device = self._device
         if self._spoiled and self._group is None:
             return torch.full((len(self._targets),), torch.nan, dtype=self._dtype, device=device)
         if self._scaler is not None:
             grad_scale = self._scaler.scale(torch.ones((), dtype=self._dtype, device=device))
         loss_scale = 1.0 if grad_scale is None else grad_scale.to(device)
         f = self._estimator.measure(self._reduced(), loss_scale)
+        if self._is_split:
+            return f
         # Gradients that were zeroed after the last pass leave nothing for the optimizer to step on. If they all were,
         # the batch was given up, and the step is left out like one whose gradients are not finite.
-        reached = _reached(self._targets).to(f.device)
+        reached = _reached(self._targets, f.device)
         given_up = self._group is not None or any(s is not None for s in self._sums)
         return torch.where(reached, f, torch.where(reached.any(), 0.0, torch.nan if given_up else 0.0).to(f))
 
     def forget(self) -> None:
         self._passes.clear()
+        self._left.clear()
         self._sums = [None] * len(self._targets)
         self._accumulated.clear()
         self._spoiled = False
         self._estimator.end_step()
 
     def remove(self) -> None:
-        for handle in self._handles:
+        for handle in (*self._handles, *self._factor_handles):
             handle.remove()
-        self._handles = []
+        self._handles, self._factor_handles = [], []
         self.forget()
         if self._measured_before and self._instead is None and self._group is None:
-            self._say_which_targets_got_no_gradient()
+            never = [i for i in range(len(self._targets)) if i not in self._ever_accumulated]
+            unseen.say_no_gradient(self._names(never), len(self._targets))
 
     # What happens in a forward and in a backward pass
 
@@ -196,7 +256,7 @@ class HookCapture:
         if getattr(self._targets[index].layer, "disable_adapters", False):
             return None  # a reference pass, from which the adapters learn nothing
         x = cast(Tensor, args[0] if args else kwargs["x"])
-        with torch.no_grad(), _no_autocast(x.device):
+        with torch.no_grad(), no_autocast(x.device):
             kept = self._estimator.compress(x.detach(), self._step())
             if index in self._changed_inputs:
                 kept = kept.clone()
@@ -210,27 +270,46 @@ class HookCapture:
         if x is None:
             self._keep_a_copy_of_the_inputs(index)
             return
-        with _no_autocast(g.device):
+        with no_autocast(g.device):
             statistic = self._estimator.statistic(g, x, step)
-        task = _autograd_task()
+        task = autograd_task()
         if task not in self._passes:
             self._passes[task] = {}
-            # What the pass has not accumulated into a `.grad` when it ends, it never will.
             engine = cast(Any, torch.autograd.Variable)._execution_engine
-            engine.queue_callback(partial(self._passes.pop, task, None))
+            engine.queue_callback(partial(self._end, task))
         passed = self._passes[task]
         if index in passed:
             passed[index].statistic.add_(statistic)
         else:
-            before = [f.grad for f in _factors(self._targets[index]) if f.grad is not None]
-            nothing = self._sums[index] is None or not before
-            passed[index] = _Passed(statistic, None if nothing else _any_nonzero(before))
+            passed[index] = _Passed(statistic, self._continues(index))
+
+    def _continues(self, index: int) -> Tensor | None:
+        """Whether the pass that begins adds to gradients that are there, as `_Passed` has it."""
+        if self._is_split:  # a process may hold nothing of this target's factors, so any gradient will do
+            there = any(f.grad is not None for f in self._trained.factors)
+            return torch.ones((), dtype=torch.bool, device=self._device) if there else None
+        before = [f.grad for f in _factors(self._targets[index]) if f.grad is not None]
+        return None if self._sums[index] is None or not before else _any_nonzero(before)
+
+    def _end(self, task: int) -> None:
+        """The pass has ended. What it has not accumulated into a known `.grad` counts only if `follow` says so.
+
+        Where the layer still has the factors that are known, as after `torch.autograd.grad`, nothing of it is kept.
+        """
+        for i, part in self._passes.pop(task, {}).items():
+            if self._is_split or not _all_known(self._targets[i]):
+                self._left.setdefault(i, []).append(part)
+
+    def _take_what_is_left(self, index: int) -> None:
+        for part in self._left.pop(index, []):
+            self._accumulated.add(index)
+            self._add(index, part)
 
     def _commit(self, indices: list[int], factor: Tensor) -> None:
         """The pass has accumulated into a factor's `.grad`, after all its uses: its statistics belong to the step."""
         if self._spoiled or not self._is_observing():
             return
-        passed = self._passes.get(_autograd_task(), {})
+        passed = self._passes.get(autograd_task(), {})
         self._accumulated.update(i for i in indices if i in passed or not any(j in passed for j in indices))
         if not self._keeps_sums and not GradientState().sync_gradients:
             self._keeps_sums = True  # Accelerate and the Trainer say so: further micro-batches will follow
@@ -257,31 +336,17 @@ class HookCapture:
         """A second pass arrives, but of the first one only the norm was kept, to which nothing can be added."""
         self._spoiled = self._keeps_sums = True
         self._say_what_sums_take("micro-batches are accumulated")
-        _warn(
-            f"step {self._step()} is left out of the Fisher proxies, because only then it turned out that several "
-            "backward passes are accumulated"
-        )
+        unseen.say_late_accumulation(self._step())
 
     def _say_what_sums_take(self, why: str) -> None:
         if self._bytes > SMALL:
-            name = self._estimator.config.estimator
-            cure = (
-                "Fewer sketch_columns need less" if name == "sketch" else "estimator='sketch' needs a small part of it"
-            )
-            _warn(
-                f"{why}, so that estimator={name!r} keeps a statistic of every matrix until optimizer.step: "
-                f"{self._bytes / 2**30:.2f} GiB for {len(self._targets)} matrices. {cure}"
-            )
+            unseen.say_what_sums_take(why, self._estimator.config.estimator, self._bytes, len(self._targets))
 
     def _keep_a_copy_of_the_inputs(self, index: int) -> None:
         self._spoiled = True
         if index not in self._changed_inputs:
             self._changed_inputs.add(index)
-            _warn(
-                f"the input of {self._targets[index].name!r} is changed in place after the layer: step {self._step()} "
-                "is left out of the Fisher proxies, and from now on a copy of the input is kept. estimator='sketch' "
-                "needs neither"
-            )
+            unseen.say_changed_input(self._targets[index].name, self._step())
 
     def _look_for_missed_targets(self) -> None:
         """Targets whose factors got a gradient in this step, while their forward and backward pass was not seen."""
@@ -292,44 +357,27 @@ class HookCapture:
         if self._spoiled:
             missed = []
         if self._group is not None and not self._measured_before:
-            flags = torch.zeros(len(self._targets), device=self._targets[0].pairs[0].a.device)
+            flags = torch.zeros(len(self._targets), device=self._device)
             flags[missed] = 1
             dist.all_reduce(flags, group=self._group)
             missed = cast(list[int], flags.nonzero().flatten().tolist())
         if not missed:
             return
-        cause = (
-            f"the adapters of {len(missed)} of {len(self._targets)} layers get a gradient while the layer itself is "
-            f"not called ({self._names(missed)}): by a fused kernel, a direct call of layer.forward, or code that was "
-            "compiled before fwlora.attach"
-        )
+        cause = unseen.bypass(self._names(missed), len(self._targets))
         if self._measured_before:
             self._spoiled = True
             if not self._warned_of_missed:
-                _warn(f"{cause}. Such steps (the first is {self._step()}) are left out of the Fisher proxies")
+                unseen.say_bypassed_later(cause, self._step())
             self._warned_of_missed = True
             return
-        if any(not t.pairs[0].b.requires_grad for t in self._targets):
+        if any(t.pairs and not t.pairs[0].b.requires_grad for t in self._targets):
             raise RuntimeError(f"fwlora: {cause}. Turn that off, so that the layers are called.")
-        _warn(
-            f"{cause}. F is estimated from LoRA's own gradients instead, for all matrices alike (estimator='adapter', "
-            f"a rough ranking). Turn that off to measure estimator={self._estimator.config.estimator!r}"
-        )
-        self._instead = AdapterCapture(self._targets)
+        unseen.say_bypassed(cause, self._estimator.config.estimator)
+        self._instead = AdapterCapture(self._trained, self._penalty)
         self.remove()
 
-    def _say_which_targets_got_no_gradient(self) -> None:
-        never = [i for i in range(len(self._targets)) if i not in self._ever_accumulated]
-        if 0 < len(never) < len(self._targets):
-            _warn(
-                f"the adapters of {len(never)} of {len(self._targets)} layers got no gradient at any observed step "
-                f"({self._names(never)}): their F is 0. Either no batch used them, as experts that no token was routed "
-                "to, or the model reads the layer's weight without calling the layer. LoRA has no effect then: leave "
-                "them out of target_modules"
-            )
-
-    def _names(self, indices: list[int]) -> str:
-        return ", ".join(repr(self._targets[i].name) for i in indices[:5]) + (", …" if len(indices) > 5 else "")
+    def _names(self, indices: Iterable[int]) -> list[str]:
+        return [self._targets[i].name for i in indices]
 
     # The statistics of the step
 
@@ -351,11 +399,21 @@ class HookCapture:
         """The statistic of a matrix that no gradient reached in this step, of the shape that other processes have."""
         reduced = self._group is None and self._estimator.reduces
         shape = () if reduced else self._estimator.shape(target.out_features, target.in_features)
-        return torch.zeros(shape, dtype=self._dtype, device=target.pairs[0].a.device)
+        return torch.zeros(shape, dtype=self._dtype, device=self._device)
 
 
 def _factors(target: Target) -> list[nn.Parameter]:
     return [f for p in target.pairs for f in (p.a, p.b)]
+
+
+def _all_known(target: Target) -> bool:
+    """Whether the layer trains no other factors now, as it does once an adapter is switched or FSDP replaces them."""
+    layer: Any = target.layer
+    known = {id(f) for f in _factors(target)}
+    modules = [
+        holder[name] for holder in (layer.lora_A, layer.lora_B) for name in layer.active_adapters if name in holder
+    ]
+    return all(id(m.weight) in known or not m.weight.requires_grad for m in modules)
 
 
 def _trained_factors(targets: list[Target]) -> list[tuple[list[int], nn.Parameter]]:
@@ -376,90 +434,15 @@ def _any_nonzero(tensors: Sequence[Tensor]) -> Tensor:
     return torch.stack([n.to(largest[0].device) for n in largest]).ne(0).any()
 
 
-def _reached(targets: list[Target]) -> Tensor:
+def _reached(targets: list[Target], device: torch.device) -> Tensor:
     """For each target, whether the optimizer has a gradient other than zero for one of its factors, [m]."""
     factors = [_factors(t) for t in targets]
-    zero = torch.zeros((), device=factors[0][0].device)
+    zero = torch.zeros((), device=device)
     grads = [zero if f.grad is None else f.grad for fs in factors for f in fs]
+    if not grads:
+        return torch.zeros(len(targets), dtype=torch.bool, device=device)
     nonzero = torch.stack([n.to(zero) for n in torch._foreach_norm(grads, float("inf"))]).ne(0)
-    if len(nonzero) == 2 * len(targets):  # one adapter on each
+    if all(len(fs) == 2 for fs in factors):  # one adapter on each
         return nonzero.view(-1, 2).any(1)
     parts = cast(tuple[Tensor, ...], nonzero.split([len(fs) for fs in factors]))
     return torch.stack([part.any() for part in parts])
-
-
-def _warn(text: str) -> None:
-    warnings.warn(f"fwlora: {text}.", stacklevel=2)
-
-
-def _autograd_task() -> int:
-    """The number of the backward pass under way (an inner one in reentrant checkpointing), -1 if there is none."""
-    return torch._C._current_graph_task_id()
-
-
-def _no_autocast(device: torch.device) -> contextlib.AbstractContextManager[Any]:
-    """Statistics are products of gradients: in a region of autocast they would be computed in fp16 and overflow."""
-    if torch.amp.is_autocast_available(device.type):
-        return torch.autocast(device.type, enabled=False)
-    return contextlib.nullcontext()
-
-
-class _ForwardHook:
-    """Calls `observe` when `layer` is called, and does nothing on copies of it (EMA models, DPO's reference model).
-
-    A copy of this object, by `copy.deepcopy` or pickle, is a function that observes nothing.
-    """
-
-    def __init__(self, layer: nn.Module, observe: Callable[[tuple[Any, ...], dict[str, Any], Any], Any]) -> None:
-        self._layer = layer
-        self._call_observe = observe
-
-    def __call__(self, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
-        return self._call_observe(args, kwargs, output) if layer is self._layer else None
-
-    def __reduce__(self) -> tuple[Callable[[], Any], tuple[()]]:
-        return _hook_of_a_copy, ()
-
-
-def _hook_of_a_copy() -> Callable[..., None]:
-    return _observe_nothing
-
-
-def _observe_nothing(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-    pass
-
-
-class _Capture(torch.autograd.Function):
-    """Identity on y, which also calls back in the backward pass.
-
-    The output is an alias of y that autograd does not take for a view: code after the layer may change it in place,
-    as it may change y, and G is then the gradient with respect to the value before the change.
-
-    x goes through `save_for_backward`, so that gradient checkpointing frees and recomputes it like any other
-    activation. If the checkpointed forward pass runs without gradients, this node is part of the recomputed graph.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, y: Tensor, x: Tensor, on_backward: Callable[[Tensor, Tensor | None], None]) -> Tensor:
-        ctx.save_for_backward(x)
-        ctx.on_backward = on_backward
-        # Shares x's counter of changes in place, and no memory.
-        ctx.changes = x.detach()
-        ctx.changes.data = torch.empty(0, dtype=x.dtype, device=x.device)
-        ctx.changes_before = ctx.changes._version
-        return y.detach()
-
-    @staticmethod
-    def backward(ctx: Any, *grad_outputs: Any) -> Any:
-        unchanged = ctx.changes._version == ctx.changes_before
-        with torch.no_grad():
-            ctx.on_backward(grad_outputs[0].detach(), ctx.saved_tensors[0] if unchanged else None)
-        return grad_outputs[0], None, None
-
-
-def capture(y: Tensor, x: Tensor, on_backward: Callable[[Tensor, Tensor | None], None]) -> Tensor:
-    """y, such that the backward pass calls `on_backward(∂L/∂y, x)`: a layer's G and X without a weight gradient.
-
-    x is None there if it was changed in place in between.
-    """
-    return cast(Tensor, _Capture.apply(y, x.detach(), on_backward))

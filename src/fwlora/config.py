@@ -6,7 +6,7 @@ import functools
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from fwlora.choices import Averaging, Estimator, PenaltyMode, PenaltyNorm, Setting, Weighting, choices_of
 
@@ -25,6 +25,8 @@ FORMER_NAMES = {
     "coupling": "penalty_mode",
     "norm": "penalty_norm",
 }
+# The request's K, and the longest warm-up that "auto" chooses.
+LONGEST_WARMUP = 500
 FORMER_VALUES = {"averaging": {"share": "normalized"}, "weighting": {"share": "importance"}}
 
 
@@ -54,11 +56,15 @@ def _with_former_names(init: Callable[..., None]) -> Callable[..., None]:
 
 @dataclass(frozen=True)
 class FWLoraConfig:
-    """The settings of Fisher-Weighted LoRA; without arguments it is the method as first written down.
+    """The settings of Fisher-Weighted LoRA; the defaults are the method as first written down, but for K.
+
+    The request's K = 500 leaves a short run no step to penalize in; `warmup_steps=500` is how to get it.
 
     Args:
-        warmup_steps: K, the length of the warm-up in which F is measured: optimizer steps (int) or a fraction of the
-            run (float in (0, 1), which needs `total_steps`).
+        warmup_steps: K, the length of the warm-up in which F is measured: optimizer steps (int; the request has 500), a
+            fraction of the run (float in (0, 1), which needs `total_steps`), or "auto": min(500, a quarter of
+            `total_steps`) where they are known. Where they are not, the warm-up ends once F ranks the matrices
+            reliably (see `fwlora.warmup.SplitHalf`), and 128 steps after `fisher_start` at the latest.
         fisher_ema_decay: α of `F ← αF + (1 − α)f`, which starts at 0. 0.98 averages over about 50 steps.
         estimator: how a step's `f_m` is measured: "exact", "sketch", "adapter" or "per_example" (see
             `fwlora.estimators`), or a name that was added with `fwlora.register_estimator`.
@@ -81,7 +87,7 @@ class FWLoraConfig:
         ValueError: a setting outside its range; the message names it.
     """
 
-    warmup_steps: int | float = 500
+    warmup_steps: int | float | Literal["auto"] = "auto"
     fisher_ema_decay: float = 0.98
     estimator: Estimator | str = "exact"
     fisher_interval: int = 1
@@ -101,11 +107,10 @@ class FWLoraConfig:
         for name in _CHOICES:
             if getattr(self, name) not in (allowed := choices_of(name)):
                 raise ValueError(f"FWLoraConfig.{name} = {getattr(self, name)!r}: must be one of {', '.join(allowed)}")
-        fraction = isinstance(self.warmup_steps, float)
         ranges = {
             "warmup_steps": (
-                0.0 < self.warmup_steps < 1.0 if fraction else self.warmup_steps >= 1,
-                "a number of steps (an int of at least 1) or a fraction of the run (a float in (0, 1))",
+                _is_warmup(self.warmup_steps),
+                "a number of steps (an int of at least 1), a fraction of the run (a float in (0, 1)) or 'auto'",
             ),
             "fisher_ema_decay": (0.0 <= self.fisher_ema_decay < 1.0, "in [0, 1)"),
             "fisher_interval": (self.fisher_interval >= 1, "an int of at least 1"),
@@ -118,14 +123,14 @@ class FWLoraConfig:
         for name, (good, meaning) in ranges.items():
             if not good:
                 raise ValueError(f"FWLoraConfig.{name} = {getattr(self, name)!r}: must be {meaning}")
-        if not fraction and self.fisher_start >= self.warmup_steps:
+        if isinstance(self.warmup_steps, int) and self.fisher_start >= self.warmup_steps:
             raise ValueError(
                 f"FWLoraConfig.fisher_start = {self.fisher_start}: no step is left to observe before "
                 f"warmup_steps = {self.warmup_steps}"
             )
 
-    def resolve_warmup_steps(self, total_steps: int | None) -> int:
-        """K in optimizer steps.
+    def resolve_warmup_steps(self, total_steps: int | None) -> int | None:
+        """K in optimizer steps; None where "auto" has to find it in the run.
 
         Args:
             total_steps: optimizer steps of the whole run; None where they are not known.
@@ -138,7 +143,12 @@ class FWLoraConfig:
                 f"FWLoraConfig.warmup_steps = {self.warmup_steps} is a fraction of the run: pass total_steps, "
                 "or give warmup_steps as a number of steps."
             )
-        steps = warmup_in_steps(self.warmup_steps, total_steps or 0)
+        if self.warmup_steps == "auto":
+            if total_steps is None:
+                return None
+            steps = min(LONGEST_WARMUP, max(1, total_steps // 4))
+        else:
+            steps = warmup_in_steps(self.warmup_steps, total_steps or 0)
         if total_steps is not None and steps >= total_steps:
             raise ValueError(
                 f"FWLoraConfig.warmup_steps = {self.warmup_steps} leaves no step to penalize in: the run has only "
@@ -162,6 +172,12 @@ class FWLoraConfig:
 
 
 FWLoraConfig.__init__ = _with_former_names(FWLoraConfig.__init__)
+
+
+def _is_warmup(value: Any) -> bool:
+    if isinstance(value, float):
+        return 0.0 < value < 1.0
+    return value == "auto" or (isinstance(value, int) and not isinstance(value, bool) and value >= 1)
 
 
 def warmup_in_steps(warmup_steps: int | float, total_steps: int) -> int:

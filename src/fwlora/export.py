@@ -1,148 +1,149 @@
-"""Write a trained adapter as plain LoRA, cut to fewer ranks on request; PEFT loads it without this package.
-
-By Eckart and Young (1936) the nearest matrix of rank k to `ΔW = Σ_i σ_i u_i v_iᵀ`, σ falling, is the sum of its first k
-terms, at a distance of `(Σ_{i>k} σ_i²)^½`.
-"""
+"""Write a trained adapter as plain LoRA, cut to fewer ranks on request, for PEFT, vLLM or llama.cpp to load."""
 
 # PEFT's layers and parts of torch are untyped. What is read from them is given a type where it is stored.
 # pyright: reportUnknownMemberType=false, reportUnknownVariableType=false
 
 from __future__ import annotations
 
+import math
 import os
+import re
 import tempfile
-from collections.abc import Mapping
-from dataclasses import dataclass
-from functools import cached_property
+import warnings
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import cast
+from typing import Any, Literal, cast
 
 import torch
 from peft import LoraConfig, PeftModel
-from peft.tuners.adalora import AdaLoraLayer
-from peft.tuners.lora import LoraLayer
 from peft.utils import get_peft_model_state_dict
+from peft.utils.other import EMBEDDING_LAYER_NAMES
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from fwlora.adapters import bare_name, named_modules, pair_of, refuse_splitting_inits
+from fwlora.adapters import refuse_splitting_inits
 from fwlora.budget import lora_kwargs
+from fwlora.consumers import Consumer, check_consumer, ranks_in_file, refuse_unloadable, scales
+from fwlora.factors import Factors, factors_of, ranks_within, replacing
+from fwlora.output_change import OutputChange, output_change
 
-# The settings of the adapter's own config that are copied: all but ranks, scales and how they were trained.
-_KEPT = (
-    "task_type",
-    "base_model_name_or_path",
-    "revision",
-    "modules_to_save",
-    "trainable_token_indices",
-    "lora_dropout",
-    "fan_in_fan_out",
-    "bias",
+# The settings of the adapter's own config that are not copied: those that the file states anew for every matrix, and
+# how A and B were initialized, which is nothing to whoever loads them.
+_NOT_COPIED = frozenset(
+    "peft_type r lora_alpha rank_pattern alpha_pattern target_modules exclude_modules layers_to_transform "
+    "layers_pattern inference_mode init_lora_weights loftq_config eva_config corda_config lora_ga_config".split()
 )
+
+
+@dataclass(frozen=True, eq=False)
+class ExportReport(Mapping[str, float]):
+    """What an export lost. As a mapping: ‖ΔW − ΔW_k‖_F of each matrix by its name, 0 where nothing was cut.
+
+    Attributes:
+        lost: that mapping.
+        norms: ‖ΔW‖_F of each matrix before the cut.
+        ranks: the rank of each matrix that was kept.
+        outputs: the change of the model's outputs over `batches`, if they were given.
+    """
+
+    lost: dict[str, float]
+    norms: dict[str, float]
+    ranks: dict[str, int]
+    outputs: OutputChange | None = None
+
+    @property
+    def relative(self) -> float:
+        """(Σ ‖ΔW − ΔW_k‖² / Σ ‖ΔW‖²)^½ over all matrices, 0 to 1."""
+        lost, whole = math.hypot(*self.lost.values()), math.hypot(*self.norms.values())
+        return lost / whole if whole else 0.0
+
+    def __getitem__(self, name: str) -> float:
+        return self.lost[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.lost)
+
+    def __len__(self) -> int:
+        return len(self.lost)
 
 
 def export_adapter(
     model: nn.Module,
     path: str | os.PathLike[str],
     *,
+    for_: Consumer = "peft",
     ranks: int | Mapping[str, int] | None = None,
     budget: int | None = None,
     scale: float | None = None,
-    uniform: bool = False,
-) -> dict[str, float]:
-    """Write the active adapter of a PEFT model (LoRA or AdaLoRA) as a plain LoRA adapter, and the trained head with it.
+    save_embedding_layers: bool | Literal["auto"] = "auto",
+    batches: Iterable[Any] | None = None,
+    uniform: bool | None = None,
+) -> ExportReport:
+    """Write the active adapter of a PEFT model (LoRA or AdaLoRA) as plain LoRA, with all that PEFT's own save keeps.
 
-    Each `ΔW = s·B·A` is written as it is, or as the nearest matrix of a lower rank. The file has one s = alpha/r for
-    all matrices; a matrix whose own s differs gets the ratio into its B.
+    Each `ΔW = s·B·A` is written as it is, or as the nearest matrix of a lower rank. A trained head, trained tokens,
+    resized embeddings and the config's other settings are copied. Both files are written, or neither.
 
     Args:
         model: a PEFT model with one active adapter.
         path: the folder to write into.
+        for_: who will load the file. All three can be loaded by PEFT as well; what `vllm` or `llama.cpp` cannot hold
+            (a trained head, for example) is refused. llama.cpp's convert_lora_to_gguf.py reads the folder.
         ranks: the highest rank of every matrix, or one by full module name. A matrix that is not named keeps its rank;
             0 leaves it out.
         budget: parameters of all adapters together, instead of `ranks`. They are spent on the largest
             σ_i²/(d_in + d_out) of all matrices; another choice of as many parameters is better by at most the last
             singular value.
-        scale: s of the file; by default that of the first matrix.
-        uniform: pad all matrices with zeros to the highest rank. Otherwise, ranks that differ are written to
-            rank_pattern and alpha_pattern, which vLLM ignores. (vLLM does not load a trained head either.)
+        scale: s in the file (for `llama.cpp`, of the widest matrix). By default each matrix keeps its own (`peft`), or
+            all get the first one's. Where s changes, B takes the ratio.
+        save_embedding_layers: write the whole embedding and output layers. "auto" does so where the vocabulary was
+            resized or PEFT would.
+        batches: what to call the model with to measure the change of its outputs: dicts of keyword arguments, tuples,
+            or tensors. Each is run twice, in evaluation mode.
+        uniform: former spelling of `for_`: True is "vllm", False is "peft".
 
     Returns:
-        ‖ΔW − ΔW_k‖_F, what was cut from each matrix, by name; 0 if nothing was.
+        What was lost, by matrix, relative to ‖ΔW‖, and in the outputs.
 
     Raises:
-        ValueError: not a PEFT model with one active adapter of Linear layers, or ranks that mean no adapter.
+        ValueError: not a PEFT model with one active adapter of Linear layers, ranks that mean no adapter, or an
+            adapter that the consumer could not load.
     """
+    if uniform is not None:
+        warnings.warn('uniform is now for_: write for_="vllm" for uniform=True', FutureWarning, stacklevel=2)
+        for_ = "vllm" if uniform else "peft"
+    check_consumer(for_)
+    target = Path(path)
+    if target.exists() and not target.is_dir():
+        raise ValueError(f"{target} is a file: pass the folder to write into")
     peft_model, adapter = _only_adapter(model)
-    factors = _factors(peft_model, adapter)
-    if ranks is not None and budget is not None:
-        raise ValueError("ranks and budget both say how much to keep: give one of them")
-    wanted = _ranks_within(factors, budget) if budget is not None else ranks
-    if wanted is None:
-        wanted = {}
-    elif not isinstance(wanted, Mapping):
-        wanted = dict.fromkeys(factors, wanted)
-    if unknown := sorted(set(wanted) - set(factors)):
-        raise ValueError(f"ranks: {unknown[0]!r} carries no adapter; these do: {', '.join(factors)}")
-    kept = {name: f.at_most(wanted.get(name, f.rank)) for name, f in factors.items()}
-    scale = next(iter(factors.values())).scale if scale is None else scale
-    widest = max(kept.values())
-    kwargs = lora_kwargs({n: widest if uniform and r else r for n, r in kept.items()}, scale)
+    factors = factors_of(peft_model, adapter)
+    kept = _kept_ranks(factors, ranks, budget)
+    in_file = ranks_in_file(for_, kept)
+    lora_kwargs(in_file, 1.0 if scale is None else scale)  # refuses ranks and scales that mean no adapter
+    s = scales(for_, factors, in_file, scale)
+    config = _config(peft_model, adapter, in_file, s, for_)
+    others = _other_tensors(peft_model, adapter, factors, save_embedding_layers)
+    refuse_unloadable(for_, peft_model, config, factors, in_file, others)
+    if for_ != "peft":
+        others = {}
+        config.modules_to_save, config.trainable_token_indices, config.bias = None, None, "none"
 
-    # "auto" would ask the hub whether the vocabulary was resized.
-    saved = get_peft_model_state_dict(peft_model, adapter_name=adapter, save_embedding_layers=False)
-    own = tuple(f"base_model.model.{name}.lora_" for name in factors)
-    state = {key: value for key, value in saved.items() if not key.startswith(own)}
-    for name, f in factors.items():
-        if rank := kept[name]:
-            a, b = f.cut(rank, scale)
-            missing = widest - rank if uniform else 0
+    written = {name: f.cut(kept[name], s[name]) for name, f in factors.items()}
+    changed = None
+    if batches is not None:
+        changed = output_change(peft_model, _replaced(factors, written, s, adapter), batches)
+    state = dict(others)
+    for name, rank in in_file.items():
+        if rank:
+            a, b = written[name]
+            missing = rank - kept[name]
             state[f"base_model.model.{name}.lora_A.weight"] = nn.functional.pad(a, (0, 0, 0, missing))
             state[f"base_model.model.{name}.lora_B.weight"] = nn.functional.pad(b, (0, missing))
-    old = peft_model.peft_config[adapter]
-    config = LoraConfig(**{key: getattr(old, key) for key in _KEPT}, **kwargs, inference_mode=True)
-    # PEFT would write sets in the order of their hashes, which changes from process to process.
-    config.target_modules = sorted(config.target_modules or ())
-    config.modules_to_save = sorted(set(config.modules_to_save)) if config.modules_to_save else None
-    _write(Path(path), config, state)
-    return {name: f.lost(kept[name]) for name, f in factors.items()}
-
-
-@dataclass(frozen=True)
-class _Factors:
-    """`ΔW = s·B·A` of one matrix: A [r, d_in], B [d_out, r]."""
-
-    a: Tensor
-    b: Tensor
-    scale: float
-
-    @property
-    def rank(self) -> int:
-        return len(self.a)
-
-    def at_most(self, rank: int) -> int:
-        """The rank that is kept if `rank` is the highest allowed."""
-        return self.rank if rank >= self.rank else min(rank, len(self.b), self.a.shape[1])
-
-    @cached_property
-    def svd(self) -> tuple[Tensor, Tensor, Tensor]:
-        """U [d_out, k], σ [k], V [d_in, k] of ΔW in float64, k = min(r, d_in, d_out), by the SVD of an r × r one."""
-        q_b, r_b = cast(tuple[Tensor, Tensor], torch.linalg.qr(self.b.double()))
-        q_a, r_a = cast(tuple[Tensor, Tensor], torch.linalg.qr(self.a.double().T))
-        thin = torch.linalg.svd(self.scale * r_b @ r_a.T, full_matrices=False)
-        u, sigma, vt = cast(tuple[Tensor, Tensor, Tensor], thin)
-        return q_b @ u, sigma, q_a @ vt.T
-
-    def cut(self, rank: int, scale: float) -> tuple[Tensor, Tensor]:
-        """A [rank, d_in] and B [d_out, rank] of the nearest matrix of that rank, to be multiplied by `scale`."""
-        if rank == self.rank:
-            return self.a, self.b if scale == self.scale else self.b * (self.scale / scale)
-        u, sigma, v = (t[..., :rank] for t in self.svd)
-        root = (sigma / scale).sqrt()
-        return (v * root).T.to(self.a), (u * root).to(self.b)
-
-    def lost(self, rank: int) -> float:
-        return 0.0 if rank == self.rank else float(cast(Tensor, self.svd[1][rank:].norm()))
+    _write(target, config, state)
+    lost = {name: f.lost(kept[name]) for name, f in factors.items()}
+    return ExportReport(lost, {name: f.norm for name, f in factors.items()}, kept, changed)
 
 
 def _only_adapter(model: nn.Module) -> tuple[PeftModel, str]:
@@ -155,58 +156,120 @@ def _only_adapter(model: nn.Module) -> tuple[PeftModel, str]:
     return model, active[0]
 
 
-def _factors(model: PeftModel, adapter: str) -> dict[str, _Factors]:
-    """The adapted matrices by their names in the plain model, in its order, without the ranks that AdaLoRA masked."""
-    found: dict[str, _Factors] = {}
-    for name, layer in named_modules(model):
-        if not isinstance(layer, LoraLayer) or not (adapter in layer.lora_A or adapter in layer.lora_embedding_A):
-            continue
-        if isinstance(layer, AdaLoraLayer):
-            spectrum = layer.lora_E[adapter].detach()[:, 0]
-            own = spectrum.nonzero()[:, 0]
-            a, b = layer.lora_A[adapter].detach()[own], (layer.lora_B[adapter].detach() * spectrum)[:, own]
-            scaling: dict[str, float] = layer.scaling
-            scale = scaling[adapter] / (float(layer.ranknum[adapter].detach()) + 1e-5)  # as PEFT divides
-        else:
-            pair = pair_of(name, layer, adapter)
-            if getattr(layer.lora_B[adapter], "bias", None) is not None:
-                raise ValueError(
-                    f"{bare_name(name)} has a bias inside its adapter (lora_bias=True): ΔW is not all of it"
-                )
-            a, b, scale = pair.a.detach(), pair.b.detach(), pair.scale
-        found[bare_name(name)] = _Factors(a, b, scale)
-    if not found:
-        raise ValueError("the model has no LoRA layer whose adapter is active")
-    return found
+def _kept_ranks(
+    factors: Mapping[str, Factors], ranks: int | Mapping[str, int] | None, budget: int | None
+) -> dict[str, int]:
+    if ranks is not None and budget is not None:
+        raise ValueError("ranks and budget both say how much to keep: give one of them")
+    wanted = ranks_within(factors, budget) if budget is not None else ranks
+    if wanted is None:
+        wanted = {}
+    elif not isinstance(wanted, Mapping):
+        wanted = dict.fromkeys(factors, wanted)
+    if unknown := sorted(set(wanted) - set(factors)):
+        raise ValueError(f"ranks: {unknown[0]!r} carries no adapter; these do: {', '.join(factors)}")
+    return {name: f.at_most(wanted.get(name, f.rank)) for name, f in factors.items()}
 
 
-def _ranks_within(factors: Mapping[str, _Factors], budget: int) -> dict[str, int]:
-    """The ranks that buy the most Σ σ² for `budget` parameters, greedily by σ²/cost."""
-    offers: list[tuple[float, int, str]] = []
+def _config(
+    model: PeftModel, adapter: str, ranks: Mapping[str, int], s: Mapping[str, float], consumer: Consumer
+) -> LoraConfig:
+    """The adapter's own config, with the ranks and scales of the file."""
+    old = cast(LoraConfig, model.peft_config[adapter])
+    kwargs = lora_kwargs(ranks, 1.0)  # for the names and ranks: every matrix has an alpha of its own below
+    rslora = consumer == "peft" and old.use_rslora
+    alphas: dict[str, int | float] = {}
+    for name, rank in ranks.items():
+        if rank:
+            # 14 digits: alpha / r · r is not always alpha in floating point.
+            exact = float(f"{s[name] * (math.sqrt(rank) if rslora else rank):.14g}")
+            alphas[name] = int(exact) if exact.is_integer() else exact  # PEFT's own type is int
+    common = next(alphas[name] for name in alphas if ranks[name] == kwargs["r"])
+    kwargs["lora_alpha"] = common
+    kwargs["alpha_pattern"] = {"^" + re.escape(name): alpha for name, alpha in alphas.items() if alpha != common}
+    copied = {f.name: getattr(old, f.name) for f in fields(LoraConfig) if f.name not in _NOT_COPIED and f.init}
+    copied["use_rslora"] = rslora
+    config = LoraConfig(**copied, **kwargs, inference_mode=True)
+    # PEFT would write sets in the order of their hashes, which changes from process to process.
+    config.target_modules = sorted(config.target_modules or ())
+    config.modules_to_save = sorted(set(config.modules_to_save)) if config.modules_to_save else None
+    if config.task_type is None:
+        # With this AutoPeftModel finds the class of a model that is none of its tasks. PEFT's save writes it too.
+        base = type(model.get_base_model())
+        config.auto_mapping = {"base_model_class": base.__name__, "parent_library": base.__module__}
+    return config
+
+
+def _other_tensors(
+    model: PeftModel, adapter: str, factors: Mapping[str, Factors], save_embeddings: bool | Literal["auto"]
+) -> dict[str, Tensor]:
+    """What PEFT's own save writes besides A and B (and E): heads, tokens, embeddings, biases."""
+    if save_embeddings == "auto" and (resized := _vocabulary_was_resized(model, adapter)) is not None:
+        targeted = any(name.rpartition(".")[2] in EMBEDDING_LAYER_NAMES for name in factors)
+        tokens = getattr(model.peft_config[adapter], "trainable_token_indices", None) is not None
+        save_embeddings = resized or (targeted and not tokens)
+    saved: dict[str, Tensor] = get_peft_model_state_dict(
+        model, adapter_name=adapter, save_embedding_layers=save_embeddings
+    )
+    own = tuple(f"base_model.model.{name}.lora_" for name in factors)
+    return {key: value for key, value in saved.items() if not key.startswith(own)}
+
+
+def _vocabulary_was_resized(model: PeftModel, adapter: str) -> bool | None:
+    """Whether the vocabulary differs from that of the base model's files here; None if they are not here.
+
+    PEFT's "auto" would ask the hub at every save.
+    """
+    config: Any = getattr(model, "config", None)
+    vocabulary, base = getattr(config, "vocab_size", None), model.peft_config[adapter].base_model_name_or_path
+    if not vocabulary or not base:
+        return False
+    try:
+        return vocabulary != type(config).from_pretrained(base, local_files_only=True).vocab_size
+    except (OSError, ValueError):
+        return None
+
+
+def _replaced(
+    factors: Mapping[str, Factors],
+    written: Mapping[str, tuple[Tensor, Tensor]],
+    s: Mapping[str, float],
+    adapter: str,
+) -> dict[str, Tensor]:
+    """The tensors with which the model computes what the file holds."""
+    replaced: dict[str, Tensor] = {}
     for name, f in factors.items():
-        cost = len(f.b) + f.a.shape[1]
-        spectrum: list[float] = f.svd[1].tolist()
-        offers += [(sigma**2 / cost, cost, name) for sigma in spectrum]
-    ranks = dict.fromkeys(factors, 0)
-    left = budget
-    for gain, cost, name in sorted(offers, key=lambda offer: -offer[0]):
-        if gain > 0 and cost <= left:
-            ranks[name] += 1
-            left -= cost
-    if not any(ranks.values()):
-        raise ValueError(f"a budget of {budget} parameters buys no rank of an adapter that does something")
-    return ranks
+        a, b = written[name]
+        replaced |= replacing(f, adapter, a, b if s[name] == f.scale else b * (s[name] / f.scale))
+    return replaced
 
 
 def _write(path: Path, config: LoraConfig, state: Mapping[str, Tensor]) -> None:
-    """Write both files, or none: into a temporary folder first, from which they are moved."""
+    """Write both files, or leave the folder as it was."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}-") as folder:
-        config.save_pretrained(folder)
+    with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}-") as temporary:
+        new, former = Path(temporary) / "new", Path(temporary) / "former"
+        former.mkdir()
+        config.save_pretrained(str(new))
         tensors = {
             key: value.detach().cpu().clone(memory_format=torch.contiguous_format) for key, value in state.items()
         }
-        save_file(tensors, Path(folder) / "adapter_model.safetensors", metadata={"format": "pt"})
+        save_file(tensors, new / "adapter_model.safetensors", metadata={"format": "pt"})
+        existed = path.is_dir()
         path.mkdir(exist_ok=True)
-        for file in Path(folder).iterdir():
-            os.replace(file, path / file.name)
+        names = sorted(file.name for file in new.iterdir())
+        moved: list[str] = []
+        try:
+            for name in names:
+                if (path / name).exists():
+                    os.replace(path / name, former / name)
+                moved.append(name)
+                os.replace(new / name, path / name)
+        except BaseException:
+            for name in moved:
+                (path / name).unlink(missing_ok=True)
+                if (former / name).exists():
+                    os.replace(former / name, path / name)
+            if not existed:
+                path.rmdir()
+            raise

@@ -15,34 +15,52 @@ never enters the loss that is logged or evaluated, and it needs no further forwa
 
 from __future__ import annotations
 
+import sys
 import warnings
-from dataclasses import asdict
+import weakref
+from dataclasses import asdict, dataclass
 from typing import Any, Literal, TypeAlias, cast
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
+from torch.utils.hooks import RemovableHandle
 
-from fwlora.adapters import Pair, Target, find_targets
+from fwlora.adapters import Target, find_targets, refuse_deepspeed
 from fwlora.capture import AdapterCapture, Capture, HookCapture
 from fwlora.config import FWLoraConfig
 from fwlora.estimators import hooked_estimator, update_average
-from fwlora.penalty import Penalty, update_norms
+from fwlora.penalty_step import PenaltyStep
+from fwlora.sharding import refuse_flat_parameters
+from fwlora.trained import TrainedAdapters
+from fwlora.warmup import LATEST, SplitHalf
 from fwlora.weighting import importance, penalty_weights
 
 Phase: TypeAlias = Literal["warmup", "penalty", "detached"]
+
+# The handles that are not detached, so that two of them never work on the same adapters.
+_ATTACHED: weakref.WeakSet[FisherWeightedLoRA] = weakref.WeakSet()
+
+
+@dataclass
+class _Progress:
+    """How far a run came: what the last message needs, without keeping the model alive."""
+
+    longest: int
+    step: int = 0
+    is_over: bool = False
+    reached: bool = False
 
 
 class FisherWeightedLoRA:
     """What `attach` returns: Fisher-Weighted LoRA on one model and one optimizer.
 
-    It acts through hooks alone: there is nothing to call in the training loop.
+    It acts through hooks alone: there is nothing to call in the training loop. Where FSDP splits the adapters over
+    processes, `penalty()` and `update_norms()` must be called by all of them.
 
     Attributes:
         phase: "warmup" while F is measured, "penalty" once the weights are fixed, "detached" after `detach()`.
-        step: optimizer steps so far.
-        warmup_steps: K in optimizer steps.
+        warmup_steps: K in optimizer steps; None until a warm-up of `warmup_steps="auto"` and unknown length has ended.
         names: the adapted matrices, in the order of all values.
     """
 
@@ -58,29 +76,37 @@ class FisherWeightedLoRA:
     ) -> None:
         self.config = config
         self.warmup_steps = config.resolve_warmup_steps(total_steps)
-        self.step = 0
-        self._optimizer = optimizer
-        groups = {id(p): g for g in optimizer.param_groups for p in g["params"]}
-        self.targets = _trained_targets(find_targets(model), groups)
+        self.phase: Phase = "warmup"
+        self._model = model
+        refuse_flat_parameters(model)
+        self._trained = TrainedAdapters(find_targets(model), optimizer)
+        self.targets = [t for t in self._trained.targets if t.pairs]
+        if not self.targets:
+            raise ValueError(
+                f"this optimizer trains none of the {len(self._trained.targets)} LoRA layers of the model: make the "
+                "optimizer after get_peft_model and from that model's parameters."
+            )
         self.names = _unique_names(self.targets)
-        self._pairs: list[Pair] = [p for t in self.targets for p in t.pairs]
-        self._owner = [i for i, t in enumerate(self.targets) for _ in t.pairs]
-        factors = [f for p in self._pairs for f in (p.a, p.b)]
-        # Per factor, in the penalty's order: the optimizer's group that trains it, or None.
-        self._factors = factors
-        self._groups = [groups.get(id(f)) if f.requires_grad else None for f in factors]
-        self._penalty = Penalty([(p.a, p.b) for p in self._pairs], config.penalty_norm)
-        device = self._pairs[0].a.device
-        self._fisher = torch.zeros(len(self.targets), dtype=_accumulation(self._pairs), device=device)
-        self._skipped = torch.zeros((), dtype=torch.int64, device=device)
+        self._trained = TrainedAdapters(self.targets, optimizer)
+        self._penalty = PenaltyStep(model, self._trained, config)
+        self._said: set[str] = set()
+        first = self._trained.factors[0]
+        dtype = torch.promote_types(first.dtype, torch.float32)
+        self._fisher = torch.zeros(len(self.targets), dtype=dtype, device=first.device)
+        self._skipped = torch.zeros((), dtype=torch.int64, device=self._fisher.device)
+        self._observations = 0
+        self._split_half = SplitHalf(config.fisher_ema_decay)
         self._weights: Tensor | None = None
-        self._coefficients: tuple[tuple[float, ...], list[Tensor]] | None = None
+        self._progress = _Progress(
+            self.warmup_steps or config.fisher_start + LATEST, is_over=config.penalty_strength == 0.0
+        )
         self._capture: Capture
         if config.estimator == "adapter":
-            self._capture = AdapterCapture(self.targets)
+            self._capture = AdapterCapture(self._trained, self._penalty)
         else:
             self._capture = HookCapture(
-                self.targets,
+                self._trained,
+                self._penalty,
                 hooked_estimator(config),
                 dtype=self._fisher.dtype,
                 step=lambda: self.step,
@@ -89,9 +115,40 @@ class FisherWeightedLoRA:
                 group=process_group,
             )
         self._step_hook = optimizer.register_step_pre_hook(self._before_step)
-        self.phase: Phase = "warmup"
+        self._mark = _mark_when_trained(self._trained.factors, self._progress)
+        # Runs when the handle is collected, or at the interpreter's end.
+        self._last_word = weakref.finalize(self, _say_if_nothing_was_penalized, self._progress)
+        for other in [h for h in _ATTACHED if h is not self and h._shares_adapters_with(self)]:
+            if other.phase == "penalty":
+                warnings.warn(
+                    "fwlora: these adapters are attached to another optimizer already; that handle is detached now.",
+                    stacklevel=4,
+                )
+            other.detach()
+        _ATTACHED.add(self)
+
+    def __repr__(self) -> str:
+        longest = str(self.warmup_steps) if self.warmup_steps else f"at most {self._progress.longest}"
+        value = (
+            f", penalty={float(self.penalty()):.4g}"
+            if self._weights is not None and not self._penalty.factors.is_split
+            else ""
+        )
+        return (
+            f"<FisherWeightedLoRA phase={self.phase!r} step={self.step} warmup_steps={longest} "
+            f"matrices={len(self.names)} penalty_strength={self.config.penalty_strength:g}{value}>"
+        )
 
     # What can be read
+
+    @property
+    def step(self) -> int:
+        """Optimizer steps so far."""
+        return self._progress.step
+
+    @step.setter
+    def step(self, step: int) -> None:
+        self._progress.step = step
 
     def fisher(self) -> dict[str, float]:
         """F_m by matrix, as averaged so far, in the squared units of a gradient. Waits for the device."""
@@ -119,21 +176,15 @@ class FisherWeightedLoRA:
 
     def penalty(self) -> Tensor:
         """The value of `λ Σ w_m ‖ΔW_m‖²` now, a scalar on the device; 0 before the weights are fixed."""
-        if self._weights is None:
-            return self._fisher.new_zeros(())
-        return self._penalty.value(self._penalty_coefficients())
-
-    def _by_name(self, values: Tensor) -> dict[str, float]:
-        numbers = cast(list[float], values.tolist())
-        return dict(zip(self.names, numbers, strict=True))
+        self._follow()
+        return self._fisher.new_zeros(()) if self._weights is None else self._penalty.value(self._weights)
 
     def update_norms(self) -> dict[str, float]:
         """‖s·B·A‖_F by matrix, summed over its active adapters. Waits for the device."""
+        self._follow()
         norms = dict.fromkeys(self.names, 0.0)
-        with torch.no_grad():
-            for pair, owner in zip(self._pairs, self._owner, strict=True):
-                a, b = (f.to(self._fisher.dtype) for f in (pair.a[None], pair.b[None]))
-                norms[self.names[owner]] += abs(pair.scale) * update_norms(a, b).sqrt().item()
+        for norm, owner in zip(self._penalty.update_norms(), self._trained.owner, strict=True):
+            norms[self.names[owner]] += norm
         return norms
 
     @property
@@ -142,13 +193,16 @@ class FisherWeightedLoRA:
         return int(self._skipped)
 
     def state_dict(self) -> dict[str, Any]:
-        """The step and the Fisher proxies: all that a resumed run needs besides the model and the optimizer."""
+        """All that a resumed run needs besides the model and the optimizer: numbers, strings and tensors."""
         return {
             "step": self.step,
             "fisher": self._fisher.clone(),
             "skipped": self._skipped.clone(),
             "names": list(self.names),
             "config": asdict(self.config),
+            "warmup_steps": self.warmup_steps,
+            "observations": self._observations,
+            **self._split_half.state_dict(self._fisher),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -167,19 +221,28 @@ class FisherWeightedLoRA:
         if self.phase == "detached":
             raise ValueError("this handle is detached: attach again, then load the state")
         self.step = int(state["step"])
-        self._fisher.copy_(state["fisher"])
-        self._skipped.copy_(state["skipped"])
+        self._fisher.copy_(torch.as_tensor(state["fisher"]))
+        self._skipped.copy_(torch.as_tensor(state["skipped"]))
+        if "half_fisher" in state:  # not in states from before version 0.2
+            self.warmup_steps = self.warmup_steps or state["warmup_steps"]
+            self._observations = state["observations"]
+            self._split_half.load_state_dict(
+                {**state, "half_fisher": torch.as_tensor(state["half_fisher"]).to(self._fisher)}
+            )
         self._capture.forget()
-        if self.step >= self.warmup_steps:
+        if self.warmup_steps is not None and self.step >= self.warmup_steps:
             self._freeze()
         elif self.phase == "penalty":
             raise ValueError("this state is from the warm-up, which is over here: attach again, then load it")
 
     def detach(self) -> None:
-        """Remove every hook: the model and the optimizer are as they were without fwlora."""
+        """Remove every hook: the model and the optimizer are as they were without fwlora. F and w stay readable."""
         self._capture.remove()
         self._step_hook.remove()
+        self._mark.remove()
         self.phase = "detached"
+        _ATTACHED.discard(self)
+        self._last_word()
 
     # What happens at each step
 
@@ -189,16 +252,50 @@ class FisherWeightedLoRA:
                 "fwlora cannot work with optimizer.step(closure): the closure computes the gradients after fwlora "
                 "has added its own. Call loss.backward() first and optimizer.step() without a closure."
             )
+        self._follow()
         # A fused optimizer under a GradScaler gets scaled gradients, and unscales them itself.
         scale = getattr(optimizer, "grad_scale", None)
-        if self.phase == "warmup":
-            if self._is_observing():
-                self._observe(scale)
-        else:
-            self._penalize(scale, getattr(optimizer, "found_inf", None))
+        if self._weights is not None:
+            self._penalty.apply(self._weights, scale, getattr(optimizer, "found_inf", None))
+        elif self._is_observing():
+            self._observe(scale)
         self.step += 1
-        if self.step == self.warmup_steps:
+        if self._weights is None and self._warmup_is_over():
             self._freeze()
+
+    def _follow(self) -> None:
+        """Notice what was done to the model or the optimizer since the last step."""
+        before = self._trained.untrained
+        if not self._trained.refresh():
+            return
+        self._penalty.rebuild()
+        self._capture.follow()
+        refuse_deepspeed(self._trained.factors or [p for t in self.targets for p in t.layer.parameters()])
+        if new := self._trained.untrained - before:
+            names = ", ".join(map(repr, sorted(new)))
+            self._say(
+                f"fwlora: the adapter {names} is active, but the optimizer that fwlora is attached to does not hold "
+                "its parameters, so it is not penalized: add them with optimizer.add_param_group, or attach to the "
+                "optimizer that trains it."
+            )
+        elif not self._trained.pairs:
+            self._say(
+                "fwlora: the optimizer that fwlora is attached to trains no active adapter any more, so nothing is "
+                "penalized: attach again, to the model and the optimizer as they are now."
+            )
+        if new := self._trained.unmeasured(self._model):
+            self._say(
+                f"fwlora: {len(new)} matrices got an adapter after attach, so F was not measured there and they are "
+                f"not penalized, the first of them {new[0]!r}: attach after all adapters were added."
+            )
+
+    def _say(self, message: str) -> None:
+        if message not in self._said:
+            self._said.add(message)
+            warnings.warn(message, stacklevel=2)
+
+    def _shares_adapters_with(self, other: FisherWeightedLoRA) -> bool:
+        return bool({id(f) for f in self._trained.factors} & {id(f) for f in other._trained.factors})
 
     def _is_observing(self) -> bool:
         since_start = self.step - self.config.fisher_start
@@ -211,12 +308,21 @@ class FisherWeightedLoRA:
             self._fisher, f.to(self._fisher), self.config.fisher_ema_decay, self.config.averaging
         )
         self._skipped += ~counted
+        self._observations += 1
+
+    def _warmup_is_over(self) -> bool:
+        if self.warmup_steps is not None:
+            return self.step == self.warmup_steps
+        latest = self.config.fisher_start + LATEST
+        return self.step >= latest or self._split_half.is_reliable(self._fisher, self._observations, self._skipped)
 
     def _freeze(self) -> None:
+        self._progress.is_over = True
         self._check_fisher()
+        self.warmup_steps = self.step if self.warmup_steps is None else self.warmup_steps
         self._capture.remove()
         self._weights = self._weigh()
-        self._coefficients = None
+        self._penalty.forget()
         self.phase = "penalty"
         if skipped := self.skipped_steps:
             warnings.warn(
@@ -248,74 +354,38 @@ class FisherWeightedLoRA:
             seed=c.seed,
         )
 
-    def _penalty_coefficients(self) -> list[Tensor]:
-        """c_p = λ·w·s² per pair of each stack (λ·w for the norm of the factors), kept until a scale changes."""
-        scales = tuple(p.scale for p in self._pairs)
-        if self._coefficients is None or self._coefficients[0] != scales:
-            assert self._weights is not None
-            weights = self._weights[torch.tensor(self._owner, device=self._weights.device)]
-            if self.config.penalty_norm == "update":
-                weights = weights * torch.tensor(scales, dtype=torch.float64).square().to(weights)
-            all_pairs = self.config.penalty_strength * weights
-            self._coefficients = (
-                scales,
-                [all_pairs[torch.tensor(s.index)].to(s.a[0].device) for s in self._penalty.stacks],
-            )
-        return self._coefficients[1]
-
-    @torch.no_grad()
-    def _penalize(self, scale: Tensor | None, found_inf: Tensor | None) -> None:
-        if self.config.penalty_strength == 0.0:
-            return
-        coefficients = self._penalty_coefficients()
-        if self.config.penalty_mode == "loss":
-            if scale is not None:
-                coefficients = [c * scale.to(c) for c in coefficients]
-            terms = self._penalty.gradient(coefficients)
-            chosen = [i for i, g in enumerate(self._groups) if g is not None]
-            for i in chosen:
-                if self._factors[i].grad is None:
-                    self._factors[i].grad = torch.zeros_like(self._factors[i])
-            _add([self._factors[i].grad for i in chosen], [terms[i] for i in chosen])  # type: ignore[misc]
-        else:
-            if found_inf is not None:  # a fused optimizer skips this step by itself
-                coefficients = [c * (1.0 - found_inf.to(c)) for c in coefficients]
-            terms = self._penalty.gradient(coefficients)
-            by_group: dict[int, list[int]] = {}
-            for i, group in enumerate(self._groups):
-                if group is not None:
-                    by_group.setdefault(id(group), []).append(i)
-            for chosen in by_group.values():
-                lr = cast(float, self._groups[chosen[0]]["lr"])  # type: ignore[index]
-                steps = torch._foreach_mul([terms[i] for i in chosen], -lr)
-                _add([self._factors[i] for i in chosen], list(steps))
+    def _by_name(self, values: Tensor) -> dict[str, float]:
+        numbers = cast(list[float], values.tolist())
+        return dict(zip(self.names, numbers, strict=True))
 
 
-def _add(targets: list[Tensor], terms: list[Tensor]) -> None:
-    if len({id(t) for t in targets}) == len(targets):
-        torch._foreach_add_(targets, terms)
-    else:  # tied adapters: the batched addition may race on a tensor that is listed twice
-        for target, term in zip(targets, terms, strict=True):
-            target.add_(term)
+def _mark_when_trained(factors: list[nn.Parameter], progress: _Progress) -> RemovableHandle:
+    """Note in `progress` that a gradient has reached the adapters."""
+    factor = next(f for f in factors if f.requires_grad)
+
+    def mark(_: Tensor) -> None:
+        progress.reached = True
+
+    return cast(RemovableHandle, factor.register_post_accumulate_grad_hook(mark))
 
 
-def _accumulation(pairs: list[Pair]) -> torch.dtype:
-    return torch.promote_types(pairs[0].a.dtype, torch.float32)
-
-
-def _trained_targets(targets: list[Target], groups: dict[int, dict[str, Any]]) -> list[Target]:
-    """The targets that the optimizer trains, each with the pairs that it trains."""
-    trained: list[Target] = []
-    for t in targets:
-        pairs = tuple(p for p in t.pairs if id(p.a) in groups or id(p.b) in groups)
-        if pairs:
-            trained.append(Target(t.name, t.layer, pairs))
-    if not trained:
-        raise ValueError(
-            f"this optimizer trains none of the {len(targets)} LoRA layers of the model: make the optimizer after "
-            "get_peft_model and from that model's parameters."
+def _say_if_nothing_was_penalized(progress: _Progress) -> None:
+    if progress.is_over or hasattr(sys, "last_value"):  # the latter: the program ends by an error, which says enough
+        return
+    progress.is_over = True
+    if progress.step > 0:
+        warnings.warn(
+            f"fwlora: training ended after {progress.step} steps, within the warm-up of {progress.longest} steps: "
+            "nothing was penalized, and the adapters are those of plain LoRA. Pass total_steps to fwlora.attach with "
+            f"warmup_steps='auto' or a fraction such as 0.25, or a number of steps below {progress.step}.",
+            stacklevel=2,
         )
-    return trained
+    elif progress.reached:
+        warnings.warn(
+            "fwlora: the adapters were trained, but the optimizer that fwlora is attached to never made a step, so "
+            "nothing was measured or penalized: attach to the optimizer whose step() trains them.",
+            stacklevel=2,
+        )
 
 
 def _unique_names(targets: list[Target]) -> list[str]:
@@ -342,7 +412,8 @@ def attach(
         model: a PEFT model with plain LoRA adapters, also wrapped (DDP).
         optimizer: the optimizer that trains its adapters; Accelerate's wrapper around one is accepted too.
         config: the method's settings.
-        total_steps: optimizer steps of the whole run, if known. Needed for a `warmup_steps` given as a fraction.
+        total_steps: optimizer steps of the whole run, if known: a quarter of them, at most 500, is then the default
+            warm-up. Needed for a `warmup_steps` given as a fraction.
         scaler: the GradScaler, if one is used with an estimator other than "adapter". Without it, a change of the loss
             scale during the warm-up weighs steps differently (with `averaging="normalized"` it does not).
         process_group: the processes over which Fisher statistics are averaged. "auto" is DDP's own group, or all
@@ -355,6 +426,7 @@ def attach(
         ValueError: nothing to attach to, or a layer, adapter, optimizer or setting that the method is not
             defined for. The message says what to do.
     """
+    refuse_deepspeed(model.parameters(), optimizer)
     if isinstance(getattr(optimizer, "optimizer", None), torch.optim.Optimizer):
         # Accelerate's wrapper calls itself an Optimizer, but has none of its hooks.
         scaler = getattr(optimizer, "scaler", None) if scaler is None else scaler
@@ -367,12 +439,8 @@ def attach(
     hooks = getattr(optimizer, "_optimizer_step_pre_hooks", {}).values()
     if any(isinstance(getattr(hook, "__self__", None), FisherWeightedLoRA) for hook in hooks):
         raise ValueError("fwlora is attached to this optimizer already: call detach() on its handle first.")
-    if process_group == "auto":
-        process_group = None
-        if isinstance(model, DistributedDataParallel):
-            process_group = cast(Any, model.process_group)
-        elif dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
-            process_group = cast(Any, dist.group.WORLD)
+    if process_group == "auto" and isinstance(model, DistributedDataParallel):
+        process_group = cast(Any, model.process_group)
     return FisherWeightedLoRA(
         model,
         optimizer,

@@ -66,8 +66,12 @@ class Stack:
 
     def stacked(self) -> tuple[Float[Tensor, "n r d_in"], Float[Tensor, "n d_out r"]]:
         """Both factors in at least fp32, because a Gram matrix of bf16 entries loses small updates."""
-        dtype = torch.promote_types(self.a[0].dtype, torch.float32)
-        return torch.stack(self.a).to(dtype), torch.stack(self.b).to(dtype)
+        return torch.stack(self.a).to(self.dtype), torch.stack(self.b).to(self.dtype)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The type that the penalty of these pairs is computed in."""
+        return torch.promote_types(self.a[0].dtype, torch.float32)
 
 
 class Penalty:

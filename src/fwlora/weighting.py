@@ -37,6 +37,13 @@ def importance(fisher: Float[Tensor, " m"]) -> Float[Tensor, " m"]:
     return fisher / fisher.sum()
 
 
+def average_ranks(values: Float[Tensor, " m"]) -> Float[Tensor, " m"]:
+    """The rank of each value from 1 (least) to m; ties share the mean of their ranks."""
+    below = (values[None, :] < values[:, None]).sum(1)
+    equal = (values[None, :] == values[:, None]).sum(1)
+    return (below + (equal + 1) / 2).to(values)
+
+
 def penalty_weights(
     fisher: Float[Tensor, " m"],
     weighting: Weighting | str,
@@ -74,10 +81,7 @@ def penalty_weights(
             order = torch.randperm(m, generator=torch.Generator().manual_seed(seed))
             weights = 1.0 - importance(fisher)[order.to(fisher.device)]
         case "rank":
-            below = (fisher[None, :] < fisher[:, None]).sum(1)
-            equal = (fisher[None, :] == fisher[:, None]).sum(1)
-            rank = below + (equal + 1) / 2
-            weights = 1.0 - rank.to(fisher) / m
+            weights = 1.0 - average_ranks(fisher) / m
         case "power":
             weights = (fisher.mean() / fisher).pow(gamma).clamp(1.0 / max_weight_ratio, max_weight_ratio)
         case _:

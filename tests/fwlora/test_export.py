@@ -1,8 +1,12 @@
-"""pytest tests/fwlora/test_export.py"""
+"""Cuts, budgets and what is written; tests/fwlora/test_consumers.py has what PEFT, vLLM and llama.cpp make of it.
+
+pytest tests/fwlora/test_export.py
+"""
 
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +19,7 @@ from torch import Tensor, nn
 from torch.testing import assert_close
 
 import fwlora
+from fwlora import export
 
 F64 = torch.float64
 
@@ -26,7 +31,8 @@ def trained(**lora: Any) -> Any:
     )
     model = lora_net(**{**settings, **lora})
     with torch.no_grad():
-        model.base_model.model.head.modules_to_save["default"].weight.add_(0.5)
+        if "modules_to_save" not in lora:
+            model.base_model.model.head.modules_to_save["default"].weight.add_(0.5)
     return model.eval()
 
 
@@ -76,10 +82,9 @@ def test_a_rank_one_cut_by_hand(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("kind", ["linear", "conv1d"])
 @pytest.mark.parametrize("scale", [None, 0.7])
-@pytest.mark.parametrize("uniform", [False, True])
-def test_what_is_not_cut_predicts_the_same(tmp_path: Path, kind: str, scale: float | None, uniform: bool) -> None:
+def test_what_is_not_cut_predicts_the_same(tmp_path: Path, kind: str, scale: float | None) -> None:
     model = trained(kind=kind)
-    lost = fwlora.export_adapter(model, tmp_path / "adapter", scale=scale, uniform=uniform)
+    lost = fwlora.export_adapter(model, tmp_path / "adapter", scale=scale)
     assert lost == {"first": 0.0, "second": 0.0}
     loaded = load(tmp_path / "adapter", kind)
     assert_close(logits(loaded), logits(model), rtol=1e-12, atol=1e-12)
@@ -87,44 +92,73 @@ def test_what_is_not_cut_predicts_the_same(tmp_path: Path, kind: str, scale: flo
         assert not torch.allclose(logits(loaded), logits(model), atol=1e-3)
     written = config(tmp_path / "adapter")
     assert written["r"] == 3 and written["lora_alpha"] / 3 == pytest.approx(scale or 1.5)
-    if uniform:
-        assert written["rank_pattern"] == written["alpha_pattern"] == {}
-        shapes = {k: v.shape for k, v in load_file(tmp_path / "adapter" / "adapter_model.safetensors").items()}
-        assert {s[0] for k, s in shapes.items() if "lora_A" in k} == {s[1] for k, s in shapes.items() if "lora_B" in k}
-    else:
-        assert written["rank_pattern"] == {"^second": 2}
-        assert written["alpha_pattern"] == {"^second": pytest.approx(2 * (scale or 1.5))}
-    if scale is None:
-        for name in ("first", "second"):
-            one, other = (m.base_model.model.get_submodule(name) for m in (loaded, model))
-            for factor in ("lora_A", "lora_B"):
-                mine, pefts = (layer.get_submodule(factor)["default"].weight for layer in (one, other))
-                assert torch.equal(mine[: len(pefts), : pefts.shape[1]], pefts), "not a bit is changed"
+    assert written["rank_pattern"] == {"^second": 2}
+    assert written["alpha_pattern"] == {"^second": pytest.approx(2 * (scale or 1.5))}
 
 
-def test_scales_that_differ_go_into_b(tmp_path: Path) -> None:
-    """rsLoRA and an alpha of its own: s = 3/√2 and 5/√2, written at one s for both."""
+def test_each_matrix_keeps_its_own_scale_and_every_bit(tmp_path: Path) -> None:
+    """rsLoRA and an alpha of its own: s = 3/√2 and 5/√2; cut to rank 1, α must fall with √r."""
     model = trained(r=2, lora_alpha=3, use_rslora=True, rank_pattern={}, alpha_pattern={"^second": 5})
-    scales = {model.base_model.model.get_submodule(n).scaling["default"] for n in ("first", "second")}
-    assert scales == {3 / 2**0.5, 5 / 2**0.5}
-    fwlora.export_adapter(model, tmp_path / "adapter")
+    for ranks in (None, {"first": 1}):
+        fwlora.export_adapter(model, tmp_path / "adapter", ranks=ranks)
+        loaded = load(tmp_path / "adapter")
+        for name, alpha in (("first", 3), ("second", 5)):
+            layer, own = (m.base_model.model.get_submodule(name) for m in (loaded, model))
+            assert layer.scaling["default"] == pytest.approx(alpha / 2**0.5)
+            if ranks is None or name not in ranks:
+                assert torch.equal(layer.lora_A["default"].weight, own.lora_A["default"].weight)
+                assert torch.equal(layer.lora_B["default"].weight, own.lora_B["default"].weight)
+            else:
+                sigma = torch.linalg.svdvals(delta(model, name))
+                assert_close(torch.linalg.svdvals(delta(loaded, name))[:1], sigma[:1])
+
+
+def test_one_scale_for_all_goes_into_b(tmp_path: Path) -> None:
+    model = trained(r=2, lora_alpha=3, rank_pattern={}, alpha_pattern={"^second": 5})
+    fwlora.export_adapter(model, tmp_path / "adapter", scale=0.25)
     loaded = load(tmp_path / "adapter")
     for name in ("first", "second"):
-        assert loaded.base_model.model.get_submodule(name).scaling["default"] == pytest.approx(3 / 2**0.5)
+        assert loaded.base_model.model.get_submodule(name).scaling["default"] == 0.25
         assert_close(delta(loaded, name), delta(model, name), rtol=1e-12, atol=1e-14)
-    assert config(tmp_path / "adapter")["use_rslora"] is False
+    assert config(tmp_path / "adapter")["alpha_pattern"] == {}
 
 
-@pytest.mark.parametrize("uniform", [False, True])
-def test_what_is_lost_is_the_discarded_singular_values(tmp_path: Path, uniform: bool) -> None:
+def test_what_is_lost_is_the_discarded_singular_values(tmp_path: Path) -> None:
     model = trained()
-    lost = fwlora.export_adapter(model, tmp_path / "cut", ranks={"first": 1, "second": 1}, uniform=uniform)
+    report = fwlora.export_adapter(model, tmp_path / "cut", ranks={"first": 1, "second": 1})
     loaded = load(tmp_path / "cut")
     for name in ("first", "second"):
         sigma = torch.linalg.svdvals(delta(model, name))
-        assert lost[name] == pytest.approx(float(sigma[1:].norm()), rel=1e-10) and lost[name] > 0.01
-        assert float((delta(model, name) - delta(loaded, name)).norm()) == pytest.approx(lost[name], rel=1e-10)
+        assert report[name] == pytest.approx(float(sigma[1:].norm()), rel=1e-10) and report[name] > 0.01
+        assert float((delta(model, name) - delta(loaded, name)).norm()) == pytest.approx(report[name], rel=1e-10)
+        assert report.norms[name] == pytest.approx(float(sigma.norm()), rel=1e-10)
         assert_close(torch.linalg.svdvals(delta(loaded, name))[:1], sigma[:1])
+    whole = torch.cat([delta(model, n).flatten() for n in report])
+    gap = whole - torch.cat([delta(loaded, n).flatten() for n in report])
+    assert report.relative == pytest.approx(float(gap.norm() / whole.norm()), rel=1e-10)
+    assert report.ranks == {"first": 1, "second": 1} and report.outputs is None
+
+
+@pytest.mark.parametrize("kind", ["lora", "adalora"])
+def test_the_change_of_the_outputs_is_that_of_the_loaded_adapter(tmp_path: Path, kind: str) -> None:
+    model = trained(lora_dropout=0.5) if kind == "lora" else adalora()
+    model.train()
+    before = {name: p.clone() for name, p in model.named_parameters()}
+    x = [x for x, _ in batches(3)]
+    report = fwlora.export_adapter(model, tmp_path / "cut", ranks=1, scale=0.7, batches=[(x[0],), x[1], {"x": x[2]}])
+    assert model.training and all(torch.equal(p, before[name]) for name, p in model.named_parameters())
+    model.eval()
+    p, q = logits(model).reshape(-1, 3), logits(load(tmp_path / "cut")).reshape(-1, 3)
+    assert report.outputs is not None and report.outputs.max > 1e-3
+    assert report.outputs.mean == pytest.approx(float((p - q).abs().mean()), rel=1e-9)
+    assert report.outputs.max == pytest.approx(float((p - q).abs().max()), rel=1e-9)
+    kl = nn.functional.kl_div(q.log_softmax(1), p.log_softmax(1), log_target=True, reduction="batchmean")
+    assert report.outputs.kl == pytest.approx(float(kl), rel=1e-9)
+    whole = fwlora.export_adapter(model, tmp_path / "whole", batches=x).outputs
+    assert whole is not None and max(whole.max, whole.mean, abs(whole.kl or 0)) < 1e-12
+    with pytest.raises(ValueError, match="batches is empty"):
+        fwlora.export_adapter(model, tmp_path / "none", batches=[])
+    assert not (tmp_path / "none").exists()
 
 
 def test_a_matrix_that_is_not_named_keeps_its_rank_and_none_is_widened(tmp_path: Path) -> None:
@@ -145,15 +179,14 @@ def test_a_rank_above_the_matrix_is_cut_to_what_it_can_hold(tmp_path: Path) -> N
     assert config(tmp_path / "cut")["r"] == 6
 
 
-@pytest.mark.parametrize("uniform", [False, True])
-def test_rank_zero_leaves_a_matrix_out_also_where_its_name_ends_like_anothers(tmp_path: Path, uniform: bool) -> None:
+def test_rank_zero_leaves_a_matrix_out_also_where_its_name_ends_like_anothers(tmp_path: Path) -> None:
     def net() -> nn.Module:
         torch.manual_seed(5)
         return nn.ModuleDict({"q": nn.Linear(4, 4), "inner": nn.ModuleDict({"q": nn.Linear(4, 4)})}).double()
 
     model = get_peft_model(net(), LoraConfig(r=2, target_modules=["q"], init_lora_weights=False)).double()
     whole = delta(model, "inner.q").norm()
-    lost = fwlora.export_adapter(model, tmp_path / "adapter", ranks={"inner.q": 0}, uniform=uniform)
+    lost = fwlora.export_adapter(model, tmp_path / "adapter", ranks={"inner.q": 0})
     assert lost == pytest.approx({"q": 0.0, "inner.q": float(whole)})
     loaded = PeftModel.from_pretrained(net(), str(tmp_path / "adapter"), autocast_adapter_dtype=False)
     adapted = [n for n, m in loaded.named_modules() if hasattr(m, "lora_A")]
@@ -185,7 +218,8 @@ def test_a_budget_keeps_the_greatest_singular_values_a_parameter(tmp_path: Path)
     assert kept[60] == (0.0, 0.0)
 
 
-def test_adalora_is_written_as_plain_lora_without_what_it_masked(tmp_path: Path) -> None:
+def adalora() -> Any:
+    """`first` has ranks 1 and 3 left, `second` rank 1."""
     torch.manual_seed(3)
     settings = AdaLoraConfig(init_r=3, target_r=1, total_step=10, lora_alpha=6, target_modules=["first", "second"])
     model: Any = get_peft_model(Net().double(), settings).double().eval()
@@ -193,6 +227,11 @@ def test_adalora_is_written_as_plain_lora_without_what_it_masked(tmp_path: Path)
         layer = model.base_model.model.get_submodule(name)
         layer.lora_E["default"].data.copy_(torch.tensor([[0.5], [0.0], [-2.0 if name == "first" else 0.0]]))
         layer.lora_A["default"].data.normal_()
+    return model
+
+
+def test_adalora_is_written_as_plain_lora_without_what_it_masked(tmp_path: Path) -> None:
+    model = adalora()
     assert fwlora.export_adapter(model, tmp_path / "adapter") == {"first": 0.0, "second": 0.0}
     assert config(tmp_path / "adapter")["peft_type"] == "LORA"
     assert config(tmp_path / "adapter")["r"] == 2 and config(tmp_path / "adapter")["rank_pattern"] == {"^second": 1}
@@ -221,9 +260,49 @@ def test_an_export_takes_the_place_of_an_older_one_and_leaves_nothing_else(tmp_p
         "adapter_config.json",
         "adapter_model.safetensors",
     ]
-    with pytest.raises(ValueError, match="every rank of the pattern is 0"):
-        fwlora.export_adapter(model, tmp_path / "deep" / "none", ranks=0)
-    assert not (tmp_path / "deep" / "none").exists()
+
+
+@pytest.mark.parametrize("broken", ["save_file", "replace"])
+def test_an_export_that_fails_leaves_the_folder_as_it_was(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, broken: str
+) -> None:
+    def contents() -> dict[str, bytes]:
+        return {str(p.relative_to(tmp_path)): p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()}
+
+    def full(*_: Any, **__: Any) -> None:
+        raise OSError("no space left")
+
+    def torn(source: Path, target: Path) -> None:
+        if Path(target) == tmp_path / "old" / "adapter_model.safetensors" and Path(source).parent.name == "new":
+            full()
+        if Path(target).parent == tmp_path / "new":
+            full()
+        real(source, target)
+
+    real = os.replace
+    model = trained()
+    fwlora.export_adapter(model, tmp_path / "old", ranks=1)
+    (tmp_path / "old" / "tokenizer.json").write_text("{}")
+    before = contents()
+    if broken == "save_file":
+        monkeypatch.setattr(export, "save_file", full)
+    else:
+        monkeypatch.setattr(export.os, "replace", torn)
+    for name in ("old", "new"):
+        with pytest.raises(OSError, match="no space left"):
+            fwlora.export_adapter(model, tmp_path / name)
+        assert contents() == before
+    assert [p.name for p in tmp_path.iterdir()] == ["old"]
+
+
+@pytest.mark.parametrize(("former", "consumer"), [(True, "vllm"), (False, "peft")])
+def test_uniform_is_a_former_spelling(tmp_path: Path, former: bool, consumer: Any) -> None:
+    model = trained(modules_to_save=None)
+    with pytest.warns(FutureWarning, match="uniform is now for_"):
+        fwlora.export_adapter(model, tmp_path / "former", uniform=former)
+    fwlora.export_adapter(model, tmp_path / "now", for_=consumer)
+    for name in ("adapter_config.json", "adapter_model.safetensors"):
+        assert (tmp_path / "former" / name).read_bytes() == (tmp_path / "now" / name).read_bytes()
 
 
 def two_active() -> PeftModel:
@@ -243,6 +322,7 @@ def two_active() -> PeftModel:
         (trained, {"ranks": -1}, "the rank of first is -1; it must be 0"),
         (trained, {"ranks": 0}, "every rank of the pattern is 0"),
         (trained, {"budget": 13}, "a budget of 13 parameters buys no rank"),
+        (trained, {"for_": "gguf"}, "for_ is 'gguf'; it must be one of 'peft', 'vllm', 'llama.cpp'"),
         (trained, {"scale": 0.0}, "scale is 0.0; it must be a positive finite number"),
         (lambda: lora_net(use_dora=True), {}, "cannot work with 'first'.*with Dora"),
         (lambda: lora_net(lora_bias=True), {}, "first has a bias inside its adapter"),
@@ -253,3 +333,9 @@ def test_what_cannot_be_written_is_refused(tmp_path: Path, model, asked: dict, s
     with pytest.raises(ValueError, match=says):
         fwlora.export_adapter(model(), tmp_path / "adapter", **asked)
     assert not (tmp_path / "adapter").exists()
+
+
+def test_a_file_in_place_of_the_folder_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "adapter").write_text("mine")
+    with pytest.raises(ValueError, match="is a file: pass the folder"):
+        fwlora.export_adapter(trained(), tmp_path / "adapter")

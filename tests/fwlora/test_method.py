@@ -738,11 +738,11 @@ def test_refuses_the_adapter_estimator_with_b_frozen():
     "bad",
     [
         {"warmup_steps": 0}, {"warmup_steps": -1}, {"warmup_steps": 1.0}, {"warmup_steps": 0.0},
-        {"warmup_steps": float("nan")},
-        {"fisher_ema_decay": 1.0}, {"fisher_ema_decay": -0.1}, {"estimator": "exakt"}, 
+        {"warmup_steps": float("nan")}, {"warmup_steps": "always"}, {"warmup_steps": True},
+        {"fisher_ema_decay": 1.0}, {"fisher_ema_decay": -0.1}, {"estimator": "exakt"},
         {"fisher_interval": 0}, {"fisher_start": -1},
-        {"fisher_start": 500}, {"sketch_columns": 0}, {"averaging": "mean"}, {"weighting": "shares"},
-        {"gamma": -1.0}, {"gamma": float("inf")},
+        {"fisher_start": 500, "warmup_steps": 500}, {"sketch_columns": 0}, {"averaging": "mean"},
+        {"weighting": "shares"}, {"gamma": -1.0}, {"gamma": float("inf")},
         {"max_weight_ratio": 0.5}, {"penalty_strength": -1e-4},
         {"penalty_strength": float("nan")}, {"penalty_mode": "both"}, {"penalty_norm": "nuclear"},
     ],
@@ -764,10 +764,10 @@ def test_importance_before_the_first_step_is_said():
         attach_to(net("linear")).importance()
 
 
-def test_defaults_are_the_request():
+def test_defaults_are_the_request_but_for_the_warmup():
     c = FWLoraConfig()
     assert (c.warmup_steps, c.fisher_ema_decay, c.estimator, c.weighting, c.penalty_strength) == (
-        500,
+        "auto",
         0.98,
         "exact",
         "importance",

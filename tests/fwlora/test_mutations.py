@@ -29,21 +29,21 @@ MUTANTS = {
         lambda: test_method.test_closed_form_gradient_is_autograds("linear", "factors"),
     ),
     "s² dropped": (
-        "method",
-        'if self.config.penalty_norm == "update":',
-        'if self.config.penalty_norm == "nothing":',
+        "penalty_step",
+        'if self._config.penalty_norm == "update":',
+        'if self._config.penalty_norm == "nothing":',
         lambda: test_method.test_closed_form_gradient_is_autograds("rank_pattern", "update"),
     ),
     "s instead of s²": (
-        "method",
+        "penalty_step",
         ".square().to(weights)",
         ".to(weights)",
         lambda: test_method.test_100_steps_equal_the_naive_oracle("linear", "loss", "update"),
     ),
     "the sign of the decoupled step flipped": (
-        "method",
-        "[terms[i] for i in chosen], -lr)",
-        "[terms[i] for i in chosen], lr)",
+        "penalty_step",
+        "[-lr * piece for piece",
+        "[lr * piece for piece",
         lambda: test_method.test_100_steps_equal_the_naive_oracle("linear", "decoupled", "update"),
     ),
     "F not normalised": (
@@ -78,14 +78,14 @@ MUTANTS = {
     ),
     "the warm-up one step too long": (
         "method",
-        "if self.step == self.warmup_steps:",
-        "if self.step == self.warmup_steps + 1:",
+        "return self.step == self.warmup_steps\n",
+        "return self.step == self.warmup_steps + 1\n",
         lambda: test_method.test_100_steps_equal_the_naive_oracle("linear", "loss", "update"),
     ),
     "the penalty not scaled for a fused optimizer": (
-        "method",
-        "if scale is not None:\n                coefficients",
-        "if False:\n                coefficients",
+        "penalty_step",
+        "if in_loss and loss_scale is not None:",
+        "if False:",
         lambda: test_method.test_grad_scaler_changes_nothing(True, False, "loss"),
     ),
     "micro-batches averaged after the norm": (
@@ -120,7 +120,7 @@ def test_mutant_is_caught(mutant, monkeypatch):
         old = getattr(module, key, None)
         if callable(value) and getattr(value, "__module__", None) == module.__name__ and old is not value:
             # The new function takes the old one's place wherever it was imported to.
-            for user in ("estimators", "weighting", "penalty", "capture", "method"):
+            for user in ("estimators", "weighting", "penalty", "penalty_step", "capture", "method"):
                 where = importlib.import_module(f"fwlora.{user}")
                 if getattr(where, key, None) is old:
                     monkeypatch.setattr(where, key, value)

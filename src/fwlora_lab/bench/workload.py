@@ -24,7 +24,6 @@ from fwlora_lab.models.backbones import Backbone, load_backbone
 
 WHOLE, K = 800, 200  # steps of the whole run and of its warm-up
 NEVER = 10**9  # steps of a run that does not end here
-BACKBONES = ("minilm", "roberta-base")
 PADDED = 128  # tokens, to which people pad
 
 

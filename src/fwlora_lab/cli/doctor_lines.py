@@ -12,12 +12,13 @@ from typing import Literal
 import torch
 from huggingface_hub import constants, get_cached_repo_tree
 
-from fwlora_lab.catalog.encoders import MINILM, pinned_revisions
+from fwlora_lab.catalog.encoders import MINILM, MPNET, PackagedModel, pinned_revisions
 from fwlora_lab.catalog.tasks import GLUE_REPOSITORY
 from fwlora_lab.config.schema import ModelConfig
 from fwlora_lab.errors import UserError
 from fwlora_lab.models.backbones import load_backbone
 from fwlora_lab.models.hub import hub_trouble
+from fwlora_lab.models.packaged import is_installed
 from fwlora_lab.training.device import cpu_has_bf16
 
 Status = Literal["ok", "warn", "no"]
@@ -42,7 +43,7 @@ def doctor_lines(
 
 def _versions() -> list[Line]:
     lines: list[Line] = [("ok", "python", platform.python_version())]
-    for name in ("fwlora", *_NEEDED, *_FOR_EXPERIMENTS, str(MINILM.distribution), *_FOR_SEARCHES):
+    for name in ("fwlora", *_NEEDED, *_FOR_EXPERIMENTS, *_packages(MINILM.packaged), *_FOR_SEARCHES):
         try:
             lines.append(("ok", name, importlib.metadata.version(name)))
         except importlib.metadata.PackageNotFoundError:
@@ -57,6 +58,10 @@ def _versions() -> list[Line]:
                 )
             )
     return lines
+
+
+def _packages(model: PackagedModel | None) -> tuple[str, ...]:
+    return model.distributions if model else ()
 
 
 def _device() -> list[Line]:
@@ -96,6 +101,12 @@ def _backbones() -> list[Line]:
         lines.append(("ok", "backbone minilm", f"{minilm.source}, {minilm.parameters:,} parameters"))
     except UserError as error:
         lines.append(("no", "backbone minilm", str(error)))
+    # Not loaded, because that would unpack 440 MB.
+    if is_installed(MPNET):
+        lines.append(("ok", "backbone mpnet", "its packages are installed; unpacked at its first use"))
+    else:
+        assert MPNET.packaged is not None
+        lines.append(("warn", "backbone mpnet", f"not installed (405 MB): {MPNET.packaged.install}"))
     for repo, commit in pinned_revisions().items():
         if _cached(repo, commit):
             lines.append(("ok", f"backbone {repo}", f"in the cache at {commit[:8]}"))

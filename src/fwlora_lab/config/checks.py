@@ -7,6 +7,7 @@ from typing import get_args
 
 from fwlora.choices import Estimator
 from fwlora.config import warmup_in_steps
+from fwlora_lab.catalog.encoders import packaged_encoder
 from fwlora_lab.catalog.methods import MethodName
 from fwlora_lab.catalog.tasks import SOURCES
 from fwlora_lab.config.keys import LEAVES, get_key, schema_defaults
@@ -42,8 +43,8 @@ def ignored_keys(cfg: RunConfig) -> list[tuple[str, str]]:
             ignore(["fw_lora.fisher_interval"], "fw_lora.estimator is adapter, which is free at every step")
     if cfg.model.lora.rank is None:
         ignore(["model.lora.alpha"], "without a rank there is no alpha/rank; the scale is 2")
-    if cfg.model.pretrained_id == "minilm":
-        ignore(["model.revision"], "minilm comes with its package")
+    if packaged_encoder(cfg.model.pretrained_id):
+        ignore(["model.revision"], f"{cfg.model.pretrained_id} comes in packages")
     source = SOURCES[data.name]
     for key in sorted({key for other in SOURCES.values() for key in other.keys} - set(source.keys)):
         readers = " or ".join(other.name for other in SOURCES.values() if key in other.keys)

@@ -30,7 +30,7 @@ from hydra.plugins.config_source import ConfigResult, ConfigSource
 from hydra.types import HydraContext, RunMode
 from omegaconf import OmegaConf
 from omegaconf._utils import get_yaml_loader
-from omegaconf.errors import OmegaConfBaseException
+from omegaconf.errors import InterpolationResolutionError, OmegaConfBaseException
 
 from fwlora_lab.errors import UserError
 
@@ -256,8 +256,33 @@ def compose(file: Path, overrides: Sequence[str], composition: Composition) -> d
         OmegaConf.set_struct(config, False)
         del config["hydra"]
         # Files and overrides hold plain references only, so resolving runs no resolver.
-        composed = OmegaConf.to_container(config, resolve=True)
+        try:
+            composed = OmegaConf.to_container(config, resolve=True)
+        except (InterpolationResolutionError, RecursionError):
+            if (found := _unresolvable(config)) is None:
+                raise
+            raise UserError(
+                f"{file}: {found[0]}: the reference {found[1]} cannot be followed: it leads in a circle, or to "
+                "nothing; write the value out"
+            ) from None
     return _without_missing(composed)
+
+
+def _unresolvable(config: Any) -> tuple[str, str] | None:
+    """The first key whose reference cannot be followed, and the reference. OmegaConf does not always name the key."""
+
+    def visit(node: Any, path: str) -> tuple[str, str] | None:
+        if isinstance(node, str) and "${" in node:
+            try:
+                OmegaConf.select(config, path, throw_on_missing=False)
+            except (OmegaConfBaseException, RecursionError):
+                return path, node
+        for key, child in node.items() if isinstance(node, dict) else enumerate(node) if isinstance(node, list) else ():
+            if found := visit(child, f"{path}.{key}" if path else str(key)):
+                return found
+        return None
+
+    return visit(OmegaConf.to_container(config, resolve=False), "")
 
 
 def merged_sources(file: Path, overrides: Sequence[str], composition: Composition) -> list[Source]:

@@ -115,7 +115,7 @@ class LoraSettings(Block):
 
 
 class ModelConfig(Block):
-    """The backbone: `minilm`, a local folder or a hub id, and the budget in percent of its size."""
+    """The backbone: `minilm`, `mpnet`, a local folder or a hub id, and the budget in percent of its size."""
 
     name: Text
     pretrained_id: Text

@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from fwlora_lab.catalog.encoders import ENCODERS, MINILM, EncoderInfo, aliases, pinned_revisions
+from fwlora_lab.catalog.encoders import ENCODERS, EncoderInfo, aliases, packaged_encoder, pinned_revisions
 from fwlora_lab.catalog.methods import METHODS, MethodName
 from fwlora_lab.catalog.tasks import TASKS
 from fwlora_lab.design.request import DesignRequest
@@ -101,7 +101,9 @@ def resolve_model(request: DesignRequest, given: str | DesignModel, source_locat
 
 def _is_pinned(pretrained_id: str) -> bool:
     """Whether the catalog fixes which weights an id means, so that a run config needs no revision."""
-    return pretrained_id == MINILM.pretrained_id or aliases().get(pretrained_id, pretrained_id) in pinned_revisions()
+    if packaged_encoder(pretrained_id):
+        return True
+    return aliases().get(pretrained_id, pretrained_id) in pinned_revisions()
 
 
 def subset_of(text: str) -> str | None:

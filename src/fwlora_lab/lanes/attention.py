@@ -7,14 +7,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AttentionMaskInterface
 
-from fwlora_lab.lanes.packing import Block, Packed
-
-# An encoder that runs on packed batches must build no attention mask of its own: `Packed` says which tokens see each
-# other. transformers looks masks up by the name of the attention implementation.
-PACKED_ATTENTION = "fwlora_packed"
-AttentionMaskInterface.register(PACKED_ATTENTION, lambda *_, **__: None)
+from fwlora_lab.lanes.packing import Packed
 
 
 class _PackedAttention(torch.autograd.Function):
@@ -33,6 +27,7 @@ class _PackedAttention(torch.autograd.Function):
         heads: int,
         scaling: float,
         masks: Sequence[Tensor | None],
+        biases: Sequence[Tensor] | None,
     ) -> Tensor:
         parts = 3 if queries is None else 2
         token_indices, _ = packed.head_indices(heads, parts)
@@ -42,14 +37,17 @@ class _PackedAttention(torch.autograd.Function):
         out = flat.new_empty(sum(map(len, query_indices)), width)
         saved: list[Tensor | None] = []
         done = 0
-        for block, index, query_index, mask in zip(packed.blocks, token_indices, query_indices, masks, strict=True):
-            s, t = block.token_index.shape
+        for i, (block, index, query_index) in enumerate(zip(packed.blocks, token_indices, query_indices, strict=True)):
+            mask, (s, t) = masks[i], block.token_index.shape
             own = flat.index_select(0, index).view(parts, s * heads, t, width)
             q = own[0] if single is None else single.index_select(0, query_index).view(s * heads, 1, width)
-            scores = torch.bmm(q, own[-2].mT).mul_(scaling)
-            if not block.full:
-                hidden = ~block.is_token[:, None, None, :]
-                scores.view(s, heads, -1, t).masked_fill_(hidden, float("-inf"))
+            if biases is not None:
+                scores = torch.baddbmm(biases[i][:, : q.shape[1]], q, own[-2].mT, alpha=scaling)
+            else:
+                scores = torch.bmm(q, own[-2].mT).mul_(scaling)
+                if not block.full:
+                    hidden = ~block.is_token[:, None, None, :]
+                    scores.view(s, heads, -1, t).masked_fill_(hidden, float("-inf"))
             p = scores.softmax(-1)
             result = out[done : done + len(query_index)].view(s * heads, -1, width)
             torch.bmm(p if mask is None else p * mask, own[-1], out=result)
@@ -98,7 +96,7 @@ class _PackedAttention(torch.autograd.Function):
         if parts == 2:
             g_queries = out_queries.index_select(0, back_queries).view(-1, heads * width)
             g_queries.mul_((packed.weights > 0).view(-1, 1))  # an unused place repeats another sentence's query
-        return g_tokens, g_queries, None, None, None, None
+        return g_tokens, g_queries, None, None, None, None, None
 
 
 def attention(
@@ -107,9 +105,10 @@ def attention(
     packed: Packed,
     heads: int,
     scaling: float,
-    dropout_mask: Callable[[Block, tuple[int, ...]], Tensor] | None = None,
+    masks: Sequence[Tensor | None] | None = None,
+    biases: Sequence[Tensor] | None = None,
 ) -> Tensor:
-    """`softmax(scaling · QKᵀ) V` within each sentence: [E, N, 3·heads·d_head] -> [E, N, heads·d_head].
+    """`softmax(scaling · QKᵀ + bias) V` within each sentence: [E, N, 3·heads·d_head] -> [E, N, heads·d_head].
 
     Args:
         tokens: query, key and value of each token side by side; without the query if `queries` is given.
@@ -117,14 +116,29 @@ def attention(
         packed: which tokens belong to which sentence.
         heads: number of attention heads.
         scaling: usually 1/√d_head.
-        dropout_mask: gives a block's mask of attention dropout in the shape [S, heads, t, T], divided by 1 − p.
+        masks: by block, dropout of the attention's probabilities, see `PassContext.attention_masks`.
+        biases: by block, see `biases_of_blocks`; no gradient flows into them.
     """
-    masks: list[Tensor | None] = [None] * len(packed.blocks)
-    if dropout_mask is not None:
-        for i, block in enumerate(packed.blocks):
-            s, t = block.token_index.shape
-            masks[i] = dropout_mask(block, (s, heads, t if queries is None else 1, t)).flatten(0, 1)
+    masks = [None] * len(packed.blocks) if masks is None else masks
     flat_queries = None if queries is None else queries.flatten(0, 1)
-    out = _PackedAttention.apply(tokens.flatten(0, 1), flat_queries, packed, heads, scaling, masks)
+    out = _PackedAttention.apply(tokens.flatten(0, 1), flat_queries, packed, heads, scaling, masks, biases)
     like = tokens if queries is None else queries
     return out.view(*like.shape[:2], -1)  # type: ignore[union-attr]
+
+
+def biases_of_blocks(packed: Packed, bias: Callable[[int], Tensor]) -> list[Tensor]:
+    """What the attention's scores of each block begin with, [S·heads, T, T]: a bias, and −∞ for padding.
+
+    Sentences begin at the first column of a block, so the bias depends on its width only. All layers use the result,
+    and adding it costs no more than masking the padding.
+
+    Args:
+        bias: gives [heads, T, T] for sentences of T tokens.
+    """
+    found = []
+    for block in packed.blocks:
+        added = bias(block.token_index.shape[1]).expand(len(block.token_index), -1, -1, -1)
+        if not block.full:
+            added = torch.where(block.is_token[:, None, None, :], added, float("-inf"))
+        found.append(added.flatten(0, 1))
+    return found

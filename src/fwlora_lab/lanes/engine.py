@@ -52,7 +52,7 @@ class LaneEngine:
         """Take over `model`: its encoder's layers are replaced, and each lane gets a head of its own.
 
         Args:
-            model: a BERT or RoBERTa with a classification head (see `settings.supports`), on its device.
+            model: an encoder with a classification head (see `architectures`), on its device.
             targets: the Linears of the encoder's layers that any lane may adapt.
             width: the most lanes at a time.
             rank: the highest rank of any lane.

@@ -63,11 +63,15 @@ class FisherCapture:
         return partial(self._collect, group, projected)
 
     def _collect(self, group: LinearGroup, projected: Tensor | None, g: Tensor, x: Tensor) -> None:
-        """g = ∂L/∂y [E, N, d_out] and x [E, N, d_in], a row a token, or a sentence if `group.per_sentence`."""
+        """g = ∂L/∂y [E, N, d_out] and x [E, N, d_in], a row a token, or a sentence if `group.per_sentence`.
+
+        Rows of relative positions may be in front. As one use of the matrix, they count as an example of their own.
+        """
         if projected is not None:
             self.sketches[group] = torch.bmm(projected.mT, g)
         packed = self._packed
         counts = packed.sentence_counts if group.per_sentence else packed.token_counts
+        front = g.shape[1] - (packed.first_token if group.per_sentence else packed.tokens).shape[1]
         for e in self._observed:
             fw, n = self._lanes[e].settings.fw, counts[e]
             assert fw is not None
@@ -75,11 +79,15 @@ class FisherCapture:
                 continue
             for name, columns in group.adapted:
                 if fw.estimator == "exact":
-                    squared = estimators.weight_gradient(g[e, :n, columns], x[e, :n]).square().sum()
+                    used = slice(0, front + n)
+                    squared = estimators.weight_gradient(g[e, used, columns], x[e, used]).square().sum()
                 elif group.per_sentence:
-                    squared = estimators.per_example_squared_norm(g[e, :n, None, columns], x[e, :n, None])
+                    used = slice(front, front + n)
+                    squared = estimators.per_example_squared_norm(g[e, used, None, columns], x[e, used, None])
                 else:
-                    squared = self._per_example(e, g[..., columns], x)
+                    squared = self._per_example(e, g[:, front:, columns], x[:, front:])
+                if front and fw.estimator == "per_example":
+                    squared += estimators.per_example_squared_norm(g[e, None, :front, columns], x[e, None, :front])
                 if name not in self.squared_grad_norms:
                     self.squared_grad_norms[name] = torch.zeros(len(self._lanes), dtype=self._dtype, device=g.device)
                 self.squared_grad_norms[name][e] = squared

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Collection, Sequence
-from functools import partial
+from dataclasses import replace
+from operator import attrgetter
 from typing import Any, cast
 
 import torch
@@ -13,10 +13,11 @@ from torch.nn import functional
 from transformers import PreTrainedModel
 
 from fwlora_lab.lanes.adapted_linear import LinearGroup, adapted_linear
-from fwlora_lab.lanes.attention import PACKED_ATTENTION, attention
+from fwlora_lab.lanes.architectures import Architecture, architecture_of
+from fwlora_lab.lanes.attention import attention
+from fwlora_lab.lanes.disentangled import DisentangledAttention, PassPositions
 from fwlora_lab.lanes.dropout import add_dropped
 from fwlora_lab.lanes.pass_context import PassContext
-from fwlora_lab.lanes.settings import BERT_HEADS, ROBERTA_HEADS
 
 
 class LaneLinear(nn.Module):
@@ -51,58 +52,70 @@ class LaneLinear(nn.Module):
 
 
 class LaneLayer(nn.Module):
-    """A layer of BERT or RoBERTa over packed lanes: [E, N, d] -> [E, N, d].
+    """A layer of an encoder over packed lanes: [E, N, d] -> [E, N, d].
 
     The classifier reads only each sentence's first token from the last layer. So the last layer takes its keys and
     values from all tokens and computes the rest for first tokens only: [E, N, d] -> [E, b, d].
     """
 
     def __init__(
-        self, model: PreTrainedModel, name: str, targets: Collection[str], input_dropout: float, last: bool
+        self, model: PreTrainedModel, parts: Architecture, name: str, targets: Collection[str], last: bool
     ) -> None:
-        """input_dropout: rate for the layer's input, which is the embeddings' dropout at the first layer, else 0."""
         super().__init__()
-        layer: Any = model.get_submodule(name)
-        own = layer.attention.self
-        self.heads, self.scaling, self.last = own.num_attention_heads, own.scaling, last
-        self.input_dropout, self.attention_dropout = input_dropout, own.dropout.p
-        self.projection_dropout, self.output_dropout = layer.attention.output.dropout.p, layer.output.dropout.p
-        query, *others = (f"{name}.attention.self.{n}" for n in ("query", "key", "value"))
+        layer = model.get_submodule(name)
+        self.last, self.heads = last, model.config.num_attention_heads
+        self.scaling = (cast(nn.Linear, layer.get_submodule(parts.query)).out_features // self.heads) ** -0.5
+        self.disentangled = DisentangledAttention(layer.get_submodule("attention.self")) if parts.disentangled else None
+        self.attention_dropout, self.projection_dropout, self.output_dropout = (
+            0.0 if path is None else _dropout_rate(layer, path)
+            for path in (parts.attention_dropout, parts.projection_dropout, parts.output_dropout)
+        )
+        query, *others = (f"{name}.{path}" for path in (parts.query, parts.key, parts.value))
 
         def linear(names: Sequence[str], per_sentence: bool) -> LaneLinear:
             return LaneLinear(model, names, targets, per_sentence)
 
         self.first_query = linear([query], True) if last else None
         self.inputs = linear(others if last else [query, *others], False)
-        self.projection = linear([f"{name}.attention.output.dense"], last)
-        self.intermediate = linear([f"{name}.intermediate.dense"], last)
-        self.output = linear([f"{name}.output.dense"], last)
-        self.activation = layer.intermediate.intermediate_act_fn
-        self.attention_norm, self.output_norm = layer.attention.output.LayerNorm, layer.output.LayerNorm
+        self.projection = linear([f"{name}.{parts.projection}"], last)
+        self.intermediate = linear([f"{name}.{parts.intermediate}"], last)
+        self.output = linear([f"{name}.{parts.output}"], last)
+        self.activation = attrgetter(parts.activation)(layer)
+        self.attention_norm = layer.get_submodule(parts.attention_norm)
+        self.output_norm = layer.get_submodule(parts.output_norm)
 
     def linears(self) -> list[LaneLinear]:
         """Its matrices, in the order in which a pass uses them."""
         found = [self.first_query, self.inputs, self.projection, self.intermediate, self.output]
         return [linear for linear in found if linear is not None]
 
-    def forward(self, x: Tensor, *_: Any, context: PassContext, **__: Any) -> Tensor:
-        packed = context.packed
-        mask = context.hidden_mask(x, self.input_dropout)
-        if mask is not None:
-            x = x * mask
-        tokens, queries = self.inputs(x, context), None
-        if self.first_query is not None:
-            first = packed.first_token
-            x = x.flatten(0, 1).index_select(0, first.flatten()).view(*first.shape, -1)
-            queries = self.first_query(x, context)
-        attention_mask = None
-        if context.rng is not None and self.attention_dropout > 0.0:
-            attention_mask = partial(context.attention_mask, p=self.attention_dropout)
-        attended = attention(tokens, queries, packed, self.heads, self.scaling, attention_mask)
+    def forward(self, x: Tensor, context: PassContext, positions: Any) -> Tensor:
+        """positions: what the family's `Architecture.positions` gives for this batch."""
+        packed, first, rows = context.packed, None, None
+        if self.last:
+            index = packed.first_token
+            first = x.flatten(0, 1).index_select(0, index.flatten()).view(*index.shape, -1)
+        if self.disentangled is not None:
+            rows = self.disentangled.rows(context, positions)
+        front = rows if self.disentangled is not None and self.disentangled.shared else None
+        tokens, queries = self.inputs(_stacked(front, x), context), None
+        if first is not None:
+            assert self.first_query is not None
+            x, queries = first, self.first_query(_stacked(front, first), context)
+        masks = context.attention_masks(self.heads, self.attention_dropout, self.last)
+        if self.disentangled is None:
+            attended = attention(tokens, queries, packed, self.heads, self.scaling, masks, positions)
+        else:
+            assert rows is not None
+            attended = self.disentangled(tokens, queries, rows, packed, positions, masks)
         y = self.projection(attended, context)
         x = self.attention_norm(add_dropped(x, y, context.hidden_mask(y, self.projection_dropout, self.last)))
         y = self.output(self.activation(self.intermediate(x, context)), context)
         return self.output_norm(add_dropped(x, y, context.hidden_mask(y, self.output_dropout, self.last)))
+
+
+def _stacked(front: Tensor | None, x: Tensor) -> Tensor:
+    return x if front is None else torch.cat([front, x], 1)
 
 
 class LaneHead:
@@ -112,16 +125,12 @@ class LaneHead:
     """
 
     def __init__(self, model: PreTrainedModel) -> None:
-        kind = model.config.model_type
         # A step is the name of a Linear, the rate of a dropout, or a function.
-        self.steps: list[str | float | Callable[[Tensor], Tensor]]
-        if kind in ROBERTA_HEADS:
-            rate = _dropout_rate(model, "classifier.dropout")
-            self.steps = [rate, "classifier.dense", torch.tanh, rate, "classifier.out_proj"]
-        elif kind in BERT_HEADS:
-            self.steps = ["bert.pooler.dense", torch.tanh, _dropout_rate(model, "dropout"), "classifier"]
-        else:
-            raise TypeError(f"The lane engine does not support {kind}")
+        self.steps: list[str | float | Callable[[Tensor], Tensor]] = []
+        for step in architecture_of(model.config).head(model.config):
+            if isinstance(step, str) and isinstance(dropout := model.get_submodule(step), nn.Dropout):
+                step = dropout.p
+            self.steps.append(step)
         self.shapes: dict[str, torch.Size] = {
             f"{step}.{name}": parameter.shape
             for step in self.steps
@@ -143,8 +152,8 @@ class LaneHead:
         return x
 
 
-def _dropout_rate(model: PreTrainedModel, name: str) -> float:
-    return cast(nn.Dropout, model.get_submodule(name)).p
+def _dropout_rate(module: nn.Module, path: str) -> float:
+    return cast(nn.Dropout, module.get_submodule(path)).p
 
 
 class LaneEncoder:
@@ -156,30 +165,42 @@ class LaneEncoder:
         Raises:
             TypeError: a target is not a Linear of an encoder layer.
         """
-        self._encoder: Any = model.base_model
-        # The encoder's own copy, because other models may be built from the same config.
-        self._encoder.config = copy.copy(self._encoder.config)
-        self._encoder.config._attn_implementation = PACKED_ATTENTION
-        layers = cast(nn.ModuleList, self._encoder.get_submodule("encoder.layer"))
-        embeddings = self._encoder.get_submodule("embeddings")
-        rate = cast(nn.Dropout, embeddings.dropout).p
-        # The embeddings are called without the pass's context, so their dropout is left to the first layer.
-        embeddings.dropout = nn.Identity()
+        encoder, prefix = model.base_model, model.base_model_prefix
+        parts = architecture_of(model.config)
+        self._embeddings: Any = encoder.get_submodule("embeddings")
+        self._dropout = _dropout_rate(self._embeddings, "dropout")
+        self._embeddings.dropout = nn.Identity()
+        self._token_types = parts.token_types
+        # Where both widths are equal, no projection exists.
+        self._projection: Any = getattr(encoder, parts.embeddings_projection or "", None)
+        self._positions = None if parts.positions is None else parts.positions(encoder)
+        self._layers = cast(nn.ModuleList, encoder.get_submodule(parts.layers))
         self.groups: list[LinearGroup] = []  # the products with a target, in the order of the layers
-        for i in range(len(layers)):
-            name = f"{model.base_model_prefix}.encoder.layer.{i}"
-            layer = LaneLayer(model, name, targets, input_dropout=0.0 if i else rate, last=i == len(layers) - 1)
+        for i in range(len(self._layers)):
+            name = f"{prefix}.{parts.layers}.{i}"
+            layer = LaneLayer(model, parts, name, targets, last=i == len(self._layers) - 1)
             self.groups += [linear.group for linear in layer.linears() if linear.group.adapted]
-            layers[i] = layer
+            self._layers[i] = layer  # frees what the layer holds in another form
         if missing := set(targets) - {name for group in self.groups for name, _ in group.adapted}:
             raise TypeError(f"{min(missing)} is not a matrix of an encoder layer")
         # RoBERTa-style models count positions from padding_idx + 1.
-        table: Any = getattr(embeddings, "position_embeddings", None)
+        table: Any = getattr(self._embeddings, "position_embeddings", None)
         self._first_position = 0 if table is None or table.padding_idx is None else table.padding_idx + 1
 
     def __call__(self, context: PassContext) -> Tensor:
         packed = context.packed
         inputs = {"input_ids": packed.tokens, "position_ids": packed.positions + self._first_position}
-        if packed.types is not None:
+        if packed.types is not None and self._token_types:
             inputs["token_type_ids"] = packed.types
-        return self._encoder(**inputs, context=context).last_hidden_state
+        x = self._embeddings(**inputs)
+        mask = context.hidden_mask(x, self._dropout)
+        if mask is not None:
+            x = x * mask
+        if self._projection is not None:
+            x = self._projection(x)
+        positions = None if self._positions is None else self._positions(packed)
+        if isinstance(positions, PassPositions):
+            context = replace(context, position_counts=positions.counts)
+        for layer in self._layers:
+            x = layer(x, context, positions)
+        return x

@@ -28,6 +28,7 @@ class PassContext:
         rng: where dropout masks come from; None for a pass without dropout.
         capture: collects Fisher statistics in the backward pass; None if no lane is observed.
         grad_anchor: see `adapted_linear`.
+        position_counts: the rows of relative positions that each lane uses, for encoders that project these.
     """
 
     packed: Packed
@@ -38,6 +39,7 @@ class PassContext:
     rng: DropoutRng | None
     capture: FisherCapture | None
     grad_anchor: Tensor
+    position_counts: Sequence[int] = ()
 
     def rows(self, t: Tensor) -> Tensor:
         """Of a tensor over all lanes [E, …], the rows of the lanes in this pass."""
@@ -52,7 +54,10 @@ class PassContext:
         return Adapter(columns, a, b, c, grad_a, grad_b, scale, grad_singular[0] if grad_singular else None)
 
     def adapter_mask(self, x: Tensor, per_sentence: bool) -> Tensor | None:
-        """Dropout of an adapter's input [E, N, d] or [E, b, d], divided by 1 − p; None without dropout."""
+        """Dropout of an adapter's input [E, N, d] or [E, b, d], divided by 1 − p; None without dropout.
+
+        The input may have rows of relative positions in front.
+        """
         if self.rng is None or not any(self.adapter_dropout):
             return None
         return self._mask(self.rng, x.shape, per_sentence, self.adapter_dropout)
@@ -73,13 +78,40 @@ class PassContext:
         mask = torch.zeros(shape, dtype=dtype, device=device)
         shared = rng.shared_bits(shape[1:].numel()) if packed.fixed_shape else None
         counts = packed.sentence_counts if per_sentence else packed.token_counts
+        front = shape[1] - (packed.first_token if per_sentence else packed.tokens).shape[1]
         for row, (n, p) in enumerate(zip(counts, rates, strict=True)):
-            bits = rng.bits_for(row, n * shape[-1]) if shared is None else shared[row]
-            write_dropout_mask(bits, p, mask[row, :n])
+            if shared is not None:
+                write_dropout_mask(shared[row], p, mask[row])
+                continue
+            if front:
+                used = self.position_counts[row]
+                write_dropout_mask(rng.bits_for(row, used * shape[-1]), p, mask[row, :used])
+            write_dropout_mask(rng.bits_for(row, n * shape[-1]), p, mask[row, front : front + n])
         return mask
 
-    def attention_mask(self, block: Block, shape: tuple[int, ...], *, p: float) -> Tensor:
-        """Dropout at rate p of a block's attention probabilities, in the shape [S, heads, t, T], divided by 1 − p."""
+    def position_mask(self, x: Tensor, p: float) -> Tensor | None:
+        """Dropout of the embeddings of relative positions [E, R, d], divided by 1 − p; None without dropout."""
+        if self.rng is None or p <= 0.0:
+            return None
+        mask = torch.zeros(x.shape, dtype=self.buffers.compute_dtype, device=self.buffers.layout.device)
+        if self.packed.fixed_shape:
+            write_dropout_mask(self.rng.shared_bits(x[0].numel()), p, mask)
+            return mask
+        for row, used in enumerate(self.position_counts):
+            write_dropout_mask(self.rng.bits_for(row, used * x.shape[-1]), p, mask[row, :used])
+        return mask
+
+    def attention_masks(self, heads: int, p: float, single_query: bool) -> list[Tensor | None]:
+        """By block, dropout at rate p of the attention's probabilities [S·heads, t, T], divided by 1 − p."""
+        if self.rng is None or p <= 0.0:
+            return [None] * len(self.packed.blocks)
+        masks: list[Tensor | None] = []
+        for block in self.packed.blocks:
+            s, t = block.token_index.shape
+            masks.append(self._attention_mask(block, (s, heads, 1 if single_query else t, t), p).flatten(0, 1))
+        return masks
+
+    def _attention_mask(self, block: Block, shape: tuple[int, ...], p: float) -> Tensor:
         rng = self.rng
         assert rng is not None
         lanes = len(self.packed.tokens)

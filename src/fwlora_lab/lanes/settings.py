@@ -7,15 +7,10 @@ from dataclasses import dataclass
 from typing import get_args
 
 import torch
-from transformers import PretrainedConfig
 
 import fwlora
 from fwlora.choices import Estimator
 from fwlora_lab.models.adapter_plan import AdaLoraSchedule
-
-# Encoders by the layout of their classification head (see `layers.LaneHead`).
-BERT_HEADS = ("bert",)
-ROBERTA_HEADS = ("roberta", "xlm-roberta", "camembert")
 
 
 @dataclass
@@ -82,11 +77,6 @@ class Lane:
         """Whether the next step updates AdaLoRA's importance scores."""
         ada = self.settings.ada
         return ada is not None and self.step + 1 < ada.total_steps - ada.tfinal
-
-
-def supports(config: PretrainedConfig) -> bool:
-    """Whether the engine knows this architecture's head and attention."""
-    return config.model_type in (*BERT_HEADS, *ROBERTA_HEADS)
 
 
 def supports_estimator(name: str) -> bool:

@@ -1,14 +1,12 @@
 """Finds the pretrained model that a config names, and reads its config and tokenizer.
 
-There are three kinds: `minilm` (inside an installed package, no network), a local folder, and a model of the Hugging
-Face hub at one commit. Each becomes a local folder with config.json, safetensors weights and tokenizer files, and is
-read from there in the same way. Code that comes with a model is never run.
+There are three kinds: `minilm` and `mpnet` (inside installed packages, no network), a local folder, and a model of the
+Hugging Face hub at one commit. Each becomes a local folder with config.json, safetensors weights and tokenizer files,
+and is read from there in the same way. Code that comes with a model is never run.
 """
 
 from __future__ import annotations
 
-import importlib.metadata
-import importlib.util
 import warnings
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,7 +15,7 @@ from typing import TYPE_CHECKING
 import torch
 from transformers import AutoModel, PreTrainedConfig, PreTrainedTokenizerBase
 
-from fwlora_lab.catalog.encoders import MINILM, aliases
+from fwlora_lab.catalog.encoders import aliases, packaged_encoder
 from fwlora_lab.errors import UserError
 from fwlora_lab.models.folder import (
     check_names,
@@ -29,6 +27,7 @@ from fwlora_lab.models.folder import (
 )
 from fwlora_lab.models.hub import CONFIG_AND_TOKENIZER_FILES, commit_of, download, is_hub_id, names_on_hub
 from fwlora_lab.models.load_errors import CHECK_CONFIG, WHAT_CAN_BE_MEANT, as_user_error
+from fwlora_lab.models.packaged import packaged_folder
 
 if TYPE_CHECKING:
     from fwlora_lab.config.schema import ModelConfig
@@ -70,8 +69,9 @@ def load_backbone(cfg: ModelConfig) -> Backbone:
         raise UserError(f"model.pretrained_id is empty. {WHAT_CAN_BE_MEANT}")
     commit = None
     where = f"model.pretrained_id={wanted!r}"
-    if wanted == MINILM.pretrained_id:
-        folder, source = _minilm_folder()
+    packaged = packaged_encoder(wanted)
+    if packaged is not None:
+        folder, source = packaged_folder(packaged)
         path_or_id = str(folder)
         names = file_names(folder, where)
     elif is_hub_id(wanted):
@@ -106,16 +106,3 @@ def load_backbone(cfg: ModelConfig) -> Backbone:
         parameters=sum(p.numel() for p in encoder.parameters()),
         max_tokens=max_tokens(encoder),
     )
-
-
-def _minilm_folder() -> tuple[Path, str]:
-    assert MINILM.package is not None and MINILM.distribution is not None
-    spec = importlib.util.find_spec(MINILM.package)
-    if spec is None or not spec.submodule_search_locations:
-        raise UserError(
-            f"model.pretrained_id='minilm' needs the package {MINILM.distribution}, which is not "
-            "installed. Install it: pip install 'fwlora[lab]'"
-        )
-    version = importlib.metadata.version(MINILM.distribution)
-    folder = Path(next(iter(spec.submodule_search_locations))) / "model"
-    return folder, f"all-MiniLM-L6-v2 from the package {MINILM.distribution} {version}"

@@ -20,7 +20,7 @@ from huggingface_hub.errors import (
 )
 from huggingface_hub.utils import disable_progress_bars, get_session
 
-from fwlora_lab.catalog.encoders import MINILM, aliases, pinned_revisions
+from fwlora_lab.catalog.encoders import aliases, packaged_encoders, pinned_revisions
 from fwlora_lab.errors import UserError
 from fwlora_lab.models.load_errors import WHAT_CAN_BE_MEANT, first_line
 from fwlora_lab.text import did_you_mean
@@ -62,7 +62,7 @@ def commit_of(repo: str, revision: str | None) -> str:
         return pinned[repo]
     if revision is not None and _COMMIT.fullmatch(revision):
         return revision
-    known = [MINILM.pretrained_id, *aliases(), *pinned]
+    known = [*(e.pretrained_id for e in packaged_encoders()), *aliases(), *pinned]
     no_folder = "" if revision else " and no local folder has that name"
     problem = (
         f"model.revision={revision!r} is not a full commit hash (40 characters 0-9a-f)"

@@ -11,7 +11,7 @@ from transformers.utils import logging as transformers_logging
 from fwlora_lab.errors import UserError
 
 WHAT_CAN_BE_MEANT = (
-    "Use minilm (no network), roberta-base, a folder written with a slash (./my-model), or a hub "
+    "Use minilm or mpnet (no network), roberta-base, a folder written with a slash (./my-model), or a hub "
     "id together with model.revision=<commit>."
 )
 

@@ -20,9 +20,10 @@ def target_linears(model_or_config: PreTrainedModel | PreTrainedConfig, names: S
     """The full names, in the model's order, of the encoder's Linear (or Conv1D) layers that `names` mean.
 
     `query`, `key`, `value` and `attention.output` are the four matrices of the attention, `intermediate` and `output`
-    the two of the feed-forward layer, in BERT, RoBERTa, DeBERTa-v2 and ModernBERT (whose fused Wqkv is meant by each of
-    query, key and value). `all-linear` means every Linear layer. Any other name means the modules whose full name ends
-    in it, as in PEFT. The head is never a target.
+    the two of the feed-forward layer, in all encoders of `ROLES` (ModernBERT's fused Wqkv is meant by each of query,
+    key and value). `all-linear` means every Linear layer. Any other name means the modules whose full name ends in it,
+    as in PEFT, or where there are none, those of the same role: `intermediate.dense` is DistilBERT's `ffn.lin1`. The
+    head is never a target.
 
     Raises:
         UserError: a name without a match.
@@ -46,6 +47,7 @@ def target_linears(model_or_config: PreTrainedModel | PreTrainedConfig, names: S
             matches = {full for full in linears if _below_layer(full) in ROLES.get(name, ())}
             # In another architecture, the name of a role may still be the name of its modules.
             matches = matches or {f for f in linears if f == name or f.endswith(f".{name}")}
+            matches = matches or {full for full in linears if _below_layer(full) in _paths_like(name)}
         if not matches:
             raise UserError(_no_such_target(model, name, linears))
         found |= matches
@@ -59,6 +61,11 @@ def _linears(model: PreTrainedModel) -> list[str]:
         for name, module in model.named_modules()
         if isinstance(module, nn.Linear | Conv1D) and id(module) not in head
     ]
+
+
+def _paths_like(path: str) -> frozenset[str]:
+    """All architectures' paths of the role that a path has in one of them."""
+    return next((paths for paths in ROLES.values() if path in paths), frozenset())
 
 
 def _below_layer(full_name: str) -> str:

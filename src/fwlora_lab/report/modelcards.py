@@ -11,7 +11,7 @@ from typing import Any
 import yaml
 
 from fwlora_lab.analysis.study import Analysis, Cell
-from fwlora_lab.catalog.encoders import MINILM
+from fwlora_lab.catalog.encoders import packaged_encoder
 from fwlora_lab.catalog.tasks import GLUE_REPOSITORY
 from fwlora_lab.errors import UserError
 from fwlora_lab.records.folder import RunFolder, load_predictions
@@ -101,8 +101,8 @@ def _card(analysis: Analysis, cell: Cell, record: Record, run: Path) -> str:
 def _hub_id(record: Record) -> str | None:
     """The base model on the hub; None for one from a folder."""
     pretrained_id = str(record.config.get("model", {}).get("pretrained_id"))
-    if pretrained_id == MINILM.pretrained_id:
-        return MINILM.hub_id
+    if packaged := packaged_encoder(pretrained_id):
+        return packaged.hub_id
     return pretrained_id if record.backbone.commit else None
 
 

@@ -13,8 +13,9 @@ from fwlora_lab.data.load import load_task, split_task, whole_dataset
 from fwlora_lab.data.task import TaskData
 from fwlora_lab.data.tokens import TokenTable, tokenize
 from fwlora_lab.errors import UserError
-from fwlora_lab.lanes.settings import supports, supports_estimator
-from fwlora_lab.models.adapter_plan import plan_adapters
+from fwlora_lab.lanes.architectures import missing_in_lanes
+from fwlora_lab.lanes.settings import supports_estimator
+from fwlora_lab.models.adapter_plan import AdapterPlan, plan_adapters
 from fwlora_lab.models.backbones import Backbone, load_backbone
 from fwlora_lab.models.classifier import ClassifierSkeleton
 from fwlora_lab.models.methods import parts_of
@@ -105,7 +106,7 @@ class ResourceCache:
         notes = [*warnings_of(cfg), *plan.warnings]
         if cfg.training.mixed_precision == "bf16" and not in_bf16(cfg, self.device):
             notes.append("training.mixed_precision=bf16: this CPU has no instructions for it; the run trains in fp32.")
-        missing = _missing_in_lanes(cfg, backbone)
+        missing = _missing_in_lanes(cfg, backbone, plan)
         lanes = cfg.training.engine == "lanes" and missing is None
         if lanes and cfg.dataset.padding == "max_length":
             notes.append(
@@ -135,10 +136,10 @@ def _backbone_key(model: ModelConfig) -> str:
     return f"{model.pretrained_id}@{model.revision}"
 
 
-def _missing_in_lanes(cfg: RunConfig, backbone: Backbone) -> str | None:
+def _missing_in_lanes(cfg: RunConfig, backbone: Backbone, plan: AdapterPlan) -> str | None:
     """What of the run the lane engine does not know; None where it can train the run."""
-    if not supports(backbone.config):
-        return backbone.config.model_type
+    if missing := missing_in_lanes(backbone.config, plan.initial_ranks()):
+        return missing
     if not parts_of(cfg.method_name).lanes:
         return f"the method {cfg.method_name}"
     if cfg.method_name == "fw_lora" and not supports_estimator(cfg.fw_lora.estimator):

@@ -104,7 +104,11 @@ def test_a_role_means_paths_that_name_it_alone() -> None:
 
 def test_pins_and_aliases_come_from_the_encoders() -> None:
     assert aliases() == {"roberta-base": "FacebookAI/roberta-base"}
-    assert pinned_revisions() == {"FacebookAI/roberta-base": "e2da8e2f811d1448a5b465c236feacd80ffbac7b"}
+    assert pinned_revisions() == {
+        "FacebookAI/roberta-base": "e2da8e2f811d1448a5b465c236feacd80ffbac7b",
+        "sentence-transformers/all-mpnet-base-v2": "e8c3b32edf5434bc2275fc9bab85f82640a19130",
+        "microsoft/mpnet-base": "6996ce1e91bd2a9c7d7f61daec37463394f73f09",
+    }
 
 
 # --- a task of one's own ------------------------------------------------------------------------

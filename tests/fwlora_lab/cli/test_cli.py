@@ -163,8 +163,10 @@ def test_ctrl_c_keeps_what_is_finished(run_file, tmp_path):
     assert left == []
 
 
-def test_a_full_disk_is_one_message(run_file, tmp_path):
+def test_a_full_disk_is_one_message(run_file, tmp_path, monkeypatch):
     """A limit on the size of files stands in for the disk: writing the adapter fails."""
+    # The measurement of coverage writes a file as well.
+    monkeypatch.delenv("COVERAGE_PROCESS_CONFIG", raising=False)
     done = fwlora(
         "train",
         f"run={run_file(training__epochs=1)}",

@@ -6,6 +6,7 @@ pytest tests/fwlora_lab/design/test_design_plan.py
 from __future__ import annotations
 
 import itertools
+import sys
 import time
 
 import pytest
@@ -27,7 +28,7 @@ def test_every_method_model_data_set_and_budget_fast(tmp_path):
     )
     start = time.process_time()
     made = generate_configs(request).configs
-    assert time.process_time() - start < 2
+    assert time.process_time() - start < (2 if sys.gettrace() is None else 20)  # coverage is slow
     assert len(made) == len({*made.values()}) == 108
     assert "comparative-2-minilm-RTE-0.5pct" in made
     for run_id, text in made.items():

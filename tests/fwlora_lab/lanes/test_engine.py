@@ -5,11 +5,14 @@ pytest tests/fwlora_lab/lanes/test_engine.py
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from lane_runs import (
     F64,
     FW,
+    KINDS,
     RUNS,
     World,
     batch_of,
@@ -20,25 +23,48 @@ from lane_runs import (
     shaped,
     targets_of,
 )
+from peft import PeftModel
 from torch.testing import assert_close
-from transformers import DistilBertConfig, DistilBertForSequenceClassification
+from transformers import AutoModelForSequenceClassification, BertConfig, DebertaV2Config, ModernBertConfig
 
 from fwlora_lab.lanes.engine import LaneEngine
 from fwlora_lab.lanes.packing import pack
 
 
-@pytest.mark.parametrize("kind", ["bert", "roberta"])
+def assert_lane_is_peft(engine: LaneEngine, lane: int, peft: PeftModel) -> None:
+    """Every trained number, to 1e-9."""
+    trained = {
+        name.removeprefix("base_model.model.").replace(".modules_to_save.default", ""): p.detach()
+        for name, p in peft.named_parameters()
+        if p.requires_grad
+    }
+    for name, factors in engine.adapters(lane).items():
+        for letter, value in zip("AB", factors, strict=True):
+            assert_close(value, trained.pop(f"{name}.lora_{letter}.default.weight"), rtol=0, atol=1e-9)
+    for name, value in engine.head_of(lane).items():
+        assert_close(value, trained.pop(name), rtol=0, atol=1e-9)
+    assert not trained
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_after_100_steps_a_lane_is_the_run_that_peft_trains(kind, table):
+    """In the company of a lane of another rank; the embeddings of positions are large enough to matter."""
+    world = World(kind, table)
+    engine = world.lanes([1, 0])
+    world.train(engine, [1, 0], 100)
+    assert_lane_is_peft(engine, 0, world.peft(1, 100)[0])
+
+
+@pytest.mark.parametrize("kind", ["bert", "roberta", "deberta-v3"])
 def test_every_lane_is_the_run_that_peft_trains(kind, table):
+    """DeBERTa-v3 sends its relative positions through adapted matrices, which every estimator has to see."""
     world = World(kind, table)
     which = range(len(RUNS))
     engine = world.lanes(which)
     world.train(engine, which, 25)
     for i in which:
         peft, handle = world.peft(i, 25)
-        for name, (a, b) in engine.adapters(i).items():
-            layer = peft.base_model.model.get_submodule(name)
-            assert_close(a, layer.lora_A["default"].weight.detach(), rtol=1e-6, atol=1e-8)
-            assert_close(b, layer.lora_B["default"].weight.detach(), rtol=1e-6, atol=1e-8)
+        assert_lane_is_peft(engine, i, peft)
         if handle is not None:
             assert handle.phase == "penalty"
             assert engine.fisher_of(i) == pytest.approx(handle.fisher(), rel=1e-6)
@@ -52,15 +78,16 @@ def test_every_lane_is_the_run_that_peft_trains(kind, table):
             assert not any(of_norm[i].any() for of_norm in engine.buffers.coefficients.values())
 
 
-def test_a_lane_in_company_is_the_lane_alone_over_100_steps(table):
+@pytest.mark.parametrize(("kind", "steps"), [("bert", 100), *((kind, 20) for kind in KINDS[2:])])
+def test_a_lane_in_company_is_the_lane_alone(kind, steps, table):
     """With dropout everywhere: each lane draws its own masks."""
-    world = World("bert", table, dropout=0.1)
-    which = [3, 0, 2, 1]
+    world = World(kind, table, dropout=0.1)
+    which = [3, 0, 2, 1] if kind == "bert" else [3, 0]
     together = world.lanes(which, dropout=0.2)
-    world.train(together, which, 100)
+    world.train(together, which, steps)
     for row, i in enumerate(which):
         alone = world.lanes([i], dropout=0.2)
-        world.train(alone, [i], 100)
+        world.train(alone, [i], steps)
         equal_lane(together, row, alone, 0)
 
 
@@ -252,9 +279,18 @@ def test_what_the_engine_cannot_train_is_refused(table):
         LaneEngine(model, ["bert.encoder.layer"], 1, 4)
     with pytest.raises(TypeError, match="classifier is not a matrix of an encoder layer"):
         LaneEngine(classifier("bert"), ["classifier"], 1, 4)
-    config = DistilBertConfig(vocab_size=20, dim=8, hidden_dim=8, n_layers=1, n_heads=1)
-    with pytest.raises(TypeError, match="distilbert"):
-        LaneEngine(DistilBertForSequenceClassification(config), [], 1, 4)
+    tiny: dict[str, Any] = {"vocab_size": 20, "hidden_size": 8, "intermediate_size": 8, "num_attention_heads": 1}
+    for config, what in (
+        (ModernBertConfig(**tiny, num_hidden_layers=1, pad_token_id=0), "support modernbert"),
+        (BertConfig(**tiny, num_hidden_layers=1, is_decoder=True), "bert as a decoder"),
+        (
+            DebertaV2Config(**tiny, num_hidden_layers=1, relative_attention=True, conv_kernel_size=3),  # type: ignore
+            r"deberta-v2 with a convolution \(conv_kernel_size\)",
+        ),
+        (DebertaV2Config(**tiny, num_hidden_layers=1), "deberta-v2 without relative attention"),
+    ):
+        with pytest.raises(TypeError, match=what):
+            LaneEngine(AutoModelForSequenceClassification.from_config(config), [], 1, 4)
     engine = World("bert", table).lanes([0])
     with pytest.raises(RuntimeError, match="All 1 lanes are taken"):
         engine.admit(engine.lanes[0].settings, {}, {})

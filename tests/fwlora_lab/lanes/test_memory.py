@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import gc
 
+import pytest
 import torch
 from lane_runs import (
     F64,
@@ -18,8 +19,10 @@ from torch import Tensor
 from fwlora_lab.lanes.packing import pack
 
 
-def test_memory_is_that_of_the_lanes_and_does_not_grow_with_the_steps(table):
-    world = World("bert", table, dropout=0.1)
+@pytest.mark.parametrize("kind", ["bert", "mpnet", "deberta-v3"])
+def test_memory_is_that_of_the_lanes_and_does_not_grow_with_the_steps(kind, table):
+    world = World(kind, table, dropout=0.1)
+    table = world.table
 
     def alive() -> int:
         gc.collect()

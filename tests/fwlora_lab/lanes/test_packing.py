@@ -9,6 +9,7 @@ import pytest
 import torch
 from lane_runs import (
     F64,
+    KINDS,
     RUNS,
     SHAPE,
     World,
@@ -132,10 +133,11 @@ def test_the_least_shape_holds_every_batch(table):
     assert packed.weights.sum(1).tolist() == pytest.approx([1.0, 1.0])
 
 
-@pytest.mark.parametrize("kind", ["bert", "roberta"])
+@pytest.mark.parametrize("kind", KINDS)
 def test_one_shape_computes_the_same(kind, table):
     """Without dropout, where nothing is drawn: every kind of lane, with room to spare in each batch."""
     world = World(kind, table)
+    table = world.table
     which = range(len(RUNS))
     ragged, one = world.lanes(which), world.lanes(which)
     for step in range(15):
@@ -148,12 +150,13 @@ def test_one_shape_computes_the_same(kind, table):
         assert one.fisher_of(i) == pytest.approx(ragged.fisher_of(i), rel=1e-9)
 
 
-@pytest.mark.parametrize("kind", ["bert", "roberta"])
+@pytest.mark.parametrize("kind", KINDS)
 def test_each_examples_logits_and_adapter_gradients_are_those_of_a_padded_batch(kind, table):
     """In fp32, to 1e-5: the loss is one example's, the batch holds its neighbours."""
     from peft import LoraConfig, get_peft_model
 
     world = World(kind, table)
+    table = world.table
     adapters, head = initial(classifier(kind), world.targets, 4, 0)
     engine = LaneEngine(classifier(kind).float(), world.targets, 1, 4)
     engine.admit(settings(4, world.targets), adapters, head)
@@ -167,7 +170,7 @@ def test_each_examples_logits_and_adapter_gradients_are_those_of_a_padded_batch(
         layer.lora_A["default"].weight.data.copy_(a)
         layer.lora_B["default"].weight.data.copy_(b)
     index = torch.arange(0, 9)
-    batch = collate(table, index, 1 if kind == "roberta" else 0, "longest", 64)
+    batch = collate(table, index, model.config.pad_token_id, "longest", 64)
     labels = batch.pop("labels")
     padded = peft.eval()(**batch).logits
     packed = engine.logits(pack(table, [index]))[0]

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -14,7 +15,16 @@ import torch
 from peft import PeftModel
 from safetensors.torch import load_file
 from tiny import World
-from transformers import AutoTokenizer, ModernBertConfig, ModernBertForMaskedLM
+from transformers import (
+    AutoModel,
+    AutoTokenizer,
+    DebertaV2Config,
+    DistilBertConfig,
+    ElectraConfig,
+    ModernBertConfig,
+    MPNetConfig,
+    PretrainedConfig,
+)
 
 from fwlora_lab.data.load import load_task
 from fwlora_lab.data.tokens import collate, tokenize
@@ -181,21 +191,64 @@ def test_batches_of_one_shape_as_on_a_gpu_train_the_same(world, monkeypatch, met
         np.testing.assert_allclose(one, other, rtol=1e-3, atol=1e-4)
 
 
-def test_what_has_no_lanes_trains_padded_and_says_so(world, tmp_path):
-    folder = tmp_path / "modernbert"
+SIZE: dict[str, Any] = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32}
+SIZE |= {"max_position_embeddings": 64, "initializer_range": 0.2}
+DEBERTA: dict[str, Any] = {"relative_attention": True, "pos_att_type": ["c2p", "p2c"], "pooler_dropout": 0.0}
+DEBERTA |= {"share_att_key": True, "position_buckets": 8, "hidden_dropout_prob": 0.0}
+NO_DROPOUT = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+SMALL_DISTILBERT = {"dim": 16, "n_layers": 2, "n_heads": 2, "hidden_dim": 32, "max_position_embeddings": 64}
+
+
+def encoder_in_a_folder(world: World, folder: Path, kind: type[PretrainedConfig], **settings: Any) -> str:
+    """With the world's tokenizer, which gives no token types."""
     tokenizer = AutoTokenizer.from_pretrained(world.backbone)
+    tokenizer.model_input_names = ["input_ids", "attention_mask"]
     tokenizer.save_pretrained(folder)
     special = {f"{k}_token_id": getattr(tokenizer, f"{k}_token_id") for k in ("pad", "cls", "sep")}
-    size = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32}
-    config = ModernBertConfig(vocab_size=len(tokenizer), max_position_embeddings=64, **size, **special)
-    ModernBertForMaskedLM(config).save_pretrained(folder)
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        AutoModel.from_config(kind(vocab_size=len(tokenizer), **settings, **special)).save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.mark.parametrize(
+    ("kind", "settings"),
+    [
+        (MPNetConfig, SIZE | NO_DROPOUT),
+        (ElectraConfig, SIZE | NO_DROPOUT | {"embedding_size": 12}),
+        (DebertaV2Config, SIZE | NO_DROPOUT | DEBERTA),
+        (DistilBertConfig, SMALL_DISTILBERT | {"dropout": 0.0, "attention_dropout": 0.0, "seq_classif_dropout": 0.0}),
+    ],
+)
+def test_the_default_targets_train_in_lanes_on_every_family(world, tmp_path, kind, settings):
+    folder = encoder_in_a_folder(world, tmp_path / "encoder", kind, **settings)
+    found = []
+    for engine in ("lanes", "peft"):
+        cfg = lanes(world, "fw_lora", model__pretrained_id=folder, run_id=engine, training__engine=engine)
+        (record,) = train_runs([RunSpec(cfg, 0)])
+        assert record.status == "complete" and not record.warnings, record.error
+        assert record.engine == engine and len(record.matrices) == 10
+        found.append(logits(world, engine, 0))
+    np.testing.assert_allclose(*found, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("kind", "settings", "targets", "missing"),
+    [
+        (ModernBertConfig, SIZE, ["query"], "modernbert"),
+        (DebertaV2Config, SIZE | DEBERTA | {"conv_kernel_size": 3}, ["query"], "deberta-v2 with a convolution"),
+        (ElectraConfig, SIZE | {"embedding_size": 12}, ["all-linear"], "adapters on electra.embeddings_project"),
+    ],
+)
+def test_what_has_no_lanes_trains_padded_and_says_so(world, tmp_path, kind, settings, targets, missing):
+    folder = encoder_in_a_folder(world, tmp_path / "encoder", kind, **settings)
     events = []
-    cfg = lanes(world, "fw_lora", model__pretrained_id=str(folder))
+    cfg = lanes(world, "fw_lora", model__pretrained_id=folder, model__lora__target_modules=targets)
     (record,) = train_runs([RunSpec(cfg, 0)], events.append)
     assert record.status == "complete", record.error
     said = [e.text for e in events if isinstance(e, Note)]
-    assert any("lanes does not know modernbert" in text and "padded batches" in text for text in said)
-    assert any("lanes does not know modernbert" in text for text in record.warnings)
+    assert any(f"lanes does not know {missing}" in text and "padded batches" in text for text in said)
+    assert any(f"lanes does not know {missing}" in text for text in record.warnings)
 
 
 @pytest.mark.parametrize(("free", "expected"), [(1.0, 1), (float("inf"), 4)])
