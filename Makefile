@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test coverage check format docs bench clean
+.PHONY: demo test coverage floors newest check format docs bench clean
 
 demo: .venv/lab.done
 	$(BIN)/fwlora demo
@@ -13,6 +13,20 @@ test: .venv/dev.done
 # The tests once more with branch coverage; fails below the bound in pyproject.toml.
 coverage: .venv/dev.done
 	$(BIN)/pytest -n auto --dist loadfile --cov --cov-report=term
+
+# The core's tests on the oldest torch, peft and transformers that pyproject.toml claims, and on the newest on PyPI, each in
+# a virtual environment of its own. `make test` runs on the versions of constraints.txt.
+floors: .venv-oldest/core.done
+	.venv-oldest/bin/pytest tests/fwlora
+
+newest: .venv-newest/core.done
+	.venv-newest/bin/pytest tests/fwlora
+
+.venv-%/core.done: pyproject.toml constraints.txt scripts/core_versions.py
+	$(PYTHON) -m venv --clear .venv-$*
+	.venv-$*/bin/python scripts/core_versions.py $* > .venv-$*/requirements.txt
+	.venv-$*/bin/pip install --quiet --requirement .venv-$*/requirements.txt --editable .
+	touch $@
 
 # Linter, formatting and types.
 check: .venv/dev.done
@@ -40,4 +54,4 @@ bench: .venv/dev.done
 	touch $@
 
 clean:
-	rm -rf .venv build dist src/*.egg-info
+	rm -rf .venv .venv-oldest .venv-newest build dist src/*.egg-info
