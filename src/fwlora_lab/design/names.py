@@ -12,6 +12,7 @@ from fwlora_lab.catalog.methods import METHODS, MethodName
 from fwlora_lab.catalog.tasks import TASKS
 from fwlora_lab.design.request import DesignRequest
 from fwlora_lab.design.schema import DesignDataset, DesignModel
+from fwlora_lab.text import one_line
 
 # Words around a method's name that do not make it another method.
 _BEFORE = re.compile(r"^(the_|plain_|vanilla_|standard_|ordinary_|uniform_|baseline_|proposed_|ours_|our_)+")
@@ -56,12 +57,15 @@ def method_defined_in(text: str) -> MethodName | None:
     return method
 
 
-def known_methods_near(name: str) -> str:
-    """What follows the message of an unknown method: the nearest known ones, at most three, or else all."""
+def unknown_text(name: str) -> str:
+    """What is said of a method that is not known here; it names the nearest known ones, at most three, or else all."""
     shorts = list(dict.fromkeys(METHODS.values()))
-    word = re.sub(r"[\s_-]+", "_", name[:80].lower())
-    near = difflib.get_close_matches(word, shorts, n=3, cutoff=0.4)
-    return f"the nearest known: {', '.join(near)}" if near else f"known: {', '.join(shorts)}"
+    near = difflib.get_close_matches(re.sub(r"[\s_-]+", "_", name[:80].lower()), shorts, n=3, cutoff=0.4)
+    known = f"the nearest known: {', '.join(near)}" if near else f"known: {', '.join(shorts)}"
+    return (
+        f"{one_line(name, 80)!r} is not a method that is known here; {known}. Its runs are left out, and not written "
+        "as another method's"
+    )
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from fwlora_lab.design.draft import MethodEntry, RunDraft, Sourced, UnknownMethod
-from fwlora_lab.design.names import known_methods_near, label, method_in, plain, slug
+from fwlora_lab.design.names import label, method_in, plain, slug, unknown_text
 from fwlora_lab.design.request import DesignRequest
 from fwlora_lab.design.resolve import ResolvedDesign, dataset_values, parse_settings, resolve_design
 from fwlora_lab.design.schema import DesignDataset, DesignRun, ExperimentDesign
@@ -45,7 +45,7 @@ def plan_design(request: DesignRequest) -> DesignPlan:
     drafts = drafter.listed_runs() if request.design.runs else drafter.all_combinations()
     if not drafts:
         raise UserError(
-            listing([f"{request.locate(m.source_location)}: {unknown_text(m)}" for m in resolved.unknown_methods])
+            listing([f"{request.locate(m.source_location)}: {unknown_text(m.name)}" for m in resolved.unknown_methods])
         )
     seen: dict[str, RunDraft] = {}
     for draft in drafts:
@@ -57,14 +57,6 @@ def plan_design(request: DesignRequest) -> DesignPlan:
             )
         seen[name] = draft
     return DesignPlan(resolved, drafts)
-
-
-def unknown_text(method: UnknownMethod) -> str:
-    """What is said of a method that is not known here."""
-    return (
-        f"{one_line(method.name, 80)!r} is not a method that is known here; {known_methods_near(method.name)}. "
-        "Its runs are left out, and not written as another method's"
-    )
 
 
 class _Drafter:

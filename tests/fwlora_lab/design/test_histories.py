@@ -183,3 +183,9 @@ def test_a_k_that_the_history_states_stays(tmp_path, capsys):
     code, made = run(tmp_path, data)
     assert code == 0 and made["proposed-roberta-base-RTE"]["fw_lora"]["warmup_steps"] == 500
     assert "K = 500 leaves no step of the 234 of rte" in capsys.readouterr().err
+
+
+def test_another_fault_does_not_hide_that_the_method_is_unknown(tmp_path, capsys):
+    code, made = run(tmp_path, history("GLoRA", evaluation_metrics=["Accu\nracy"]))
+    told = capsys.readouterr().err
+    assert code == 2 and made == {} and "evaluation_metrics[0]" in told and "'GLoRA' is not a method" in told

@@ -10,8 +10,8 @@ from fwlora_lab.catalog.encoders import ROLES
 from fwlora_lab.catalog.tasks import TASKS
 from fwlora_lab.design.contradictions.contradiction import Contradiction, locate_number, origin, task_name
 from fwlora_lab.design.draft import BUDGET, RunDraft
-from fwlora_lab.design.names import label
-from fwlora_lab.design.plan import DesignPlan, unknown_text
+from fwlora_lab.design.names import label, unknown_text
+from fwlora_lab.design.plan import DesignPlan
 from fwlora_lab.design.prose import Quote, tasks_in_prose
 from fwlora_lab.design.request import Place
 from fwlora_lab.design.resolve import WARMUP_OF_LEARNING_RATE
@@ -27,7 +27,9 @@ def unknown_methods(plan: DesignPlan) -> Iterator[Contradiction]:
     for method in plan.resolved.unknown_methods:
         known = Place("known methods: those of this package and of the modules in FWLORA_EXTENSIONS (CONTRIBUTING.md)")
         yield Contradiction(
-            "unknown method", unknown_text(method), (plan.request.locate(method.source_location, method.name), known)
+            "unknown method",
+            unknown_text(method.name),
+            (plan.request.locate(method.source_location, method.name), known),
         )
 
 
