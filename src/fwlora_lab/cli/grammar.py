@@ -115,7 +115,7 @@ class Command:
                 text += [f"  fwlora {line}", *([textwrap.indent(_wrapped(what, 6), " " * 6)] if what else [])]
         if self.arguments:
             title = "arguments (every other KEY=VALUE overrides the run config):" if self.overrides else "arguments:"
-            text += ["", title, *_table([(a.shown, _explained(a)) for a in self.arguments])]
+            text += ["", title, *two_columns([(a.shown, _explained(a)) for a in self.arguments])]
         if self.more is not None:
             text += ["", self.more()]
         return "\n".join(text)
@@ -201,7 +201,8 @@ def _explained(argument: Argument) -> str:
     return "; ".join(words)
 
 
-def _table(rows: Sequence[tuple[str, str]]) -> list[str]:
+def two_columns(rows: Sequence[tuple[str, str]]) -> list[str]:
+    """Names and what they mean, side by side in lines that fit the terminal."""
     left = min(max(len(name) for name, _ in rows), 24)
     lines = []
     for name, text in rows:

@@ -7,12 +7,13 @@ failed, 130 that Ctrl-C stopped the work.
 from __future__ import annotations
 
 import importlib
+import io
 import os
 import sys
 import warnings
 from collections.abc import Sequence
 
-from fwlora_lab.cli.grammar import Command, UsageError
+from fwlora_lab.cli.grammar import Command, UsageError, two_columns
 from fwlora_lab.config.former_names import FormerName
 from fwlora_lab.errors import UserError
 from fwlora_lab.text import did_you_mean
@@ -28,7 +29,7 @@ records and verdicts.
 
 start here:
   fwlora doctor                    what can be used on this machine
-  fwlora demo                      three methods x three seeds, offline, in minutes
+  fwlora demo                      three methods x three seeds, offline
   fwlora train run=minilm-cola-fw_lora dataset.root=DIR_WITH_GLUE
 
 commands (`fwlora COMMAND --help` explains one):"""
@@ -40,6 +41,9 @@ _EXTRAS = {"openai": "llm", "psycopg": "postgres", "joblib": "workers", "submiti
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line and return its exit code."""
     words = list(sys.argv[1:] if arguments is None else arguments)
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")  # a terminal that cannot show a character gets a question mark
     # What libraries tell each other about their next versions is not for the reader of this screen.
     warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
     with warnings.catch_warnings():
@@ -65,8 +69,8 @@ def command_named(name: str) -> Command:
 def _run(words: list[str]) -> int:
     try:
         if not words or words[0] in ("-h", "--help", "help"):
-            summaries = [f"  {name:<10} {command_named(name).summary}" for name in COMMANDS]
-            print("\n".join([_ABOUT, *summaries]))
+            summaries = [(name, command_named(name).summary) for name in COMMANDS]
+            print("\n".join([_ABOUT, *two_columns(summaries)]))
             return 0 if words else 2
         if words[0] in ("-V", "--version"):
             from importlib.metadata import version

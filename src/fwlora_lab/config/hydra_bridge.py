@@ -6,6 +6,7 @@ that has no public interface (`hydra._internal`, `omegaconf._utils`); a new vers
 
 from __future__ import annotations
 
+import re
 import threading
 import urllib.parse
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -243,8 +244,21 @@ def _hydra_for(file: Path, composition: Composition) -> Iterator[tuple[Hydra, li
             raise UserError(_compose_message(file, error)) from None
 
 
-def compose(file: Path, overrides: Sequence[str], composition: Composition) -> dict[str, Any]:
-    """The run in `file`, composed with the files that it names and `overrides`, as plain values without missing keys.
+@dataclass(frozen=True)
+class Composed:
+    """A composed run.
+
+    Args:
+        values: plain values, without keys that have none and without those of `broken`.
+        broken: key -> what is wrong with the reference `${...}` that it holds.
+    """
+
+    values: dict[str, Any]
+    broken: dict[str, str]
+
+
+def compose(file: Path, overrides: Sequence[str], composition: Composition) -> Composed:
+    """The run in `file`, composed with the files that it names and `overrides`.
 
     Raises:
         UserError: the files or overrides do not go together.
@@ -255,34 +269,60 @@ def compose(file: Path, overrides: Sequence[str], composition: Composition) -> d
         )
         OmegaConf.set_struct(config, False)
         del config["hydra"]
+        broken: dict[str, str] = {}
         # Files and overrides hold plain references only, so resolving runs no resolver.
         try:
             composed = OmegaConf.to_container(config, resolve=True)
         except (InterpolationResolutionError, RecursionError):
-            if (found := _unresolvable(config)) is None:
-                raise
-            raise UserError(
-                f"{file}: {found[0]}: the reference {found[1]} cannot be followed: it leads in a circle, or to "
-                "nothing; write the value out"
-            ) from None
-    return _without_missing(composed)
+            tree = OmegaConf.to_container(config, resolve=False)
+            broken = _take_out_broken(config, tree)
+            composed = OmegaConf.to_container(OmegaConf.create(tree), resolve=True)
+    return Composed(_without_missing(composed), broken)
 
 
-def _unresolvable(config: Any) -> tuple[str, str] | None:
-    """The first key whose reference cannot be followed, and the reference. OmegaConf does not always name the key."""
+def _take_out_broken(config: Any, tree: Any) -> dict[str, str]:
+    """Remove from `tree`, the plain values of `config`, the keys whose references cannot be followed; what is wrong."""
+    found: dict[tuple[str, ...], str] = {}
 
-    def visit(node: Any, path: str) -> tuple[str, str] | None:
-        if isinstance(node, str) and "${" in node:
+    def visit(node: Any, path: tuple[str, ...], key: tuple[str, ...]) -> None:
+        if isinstance(node, dict):
+            for name, child in node.items():
+                visit(child, (*path, str(name)), (*path, str(name)))
+        elif isinstance(node, list):  # a list is one value: it goes as a whole
+            for index, child in enumerate(node):
+                visit(child, (*path, str(index)), key)
+        elif isinstance(node, str) and "${" in node:
             try:
-                OmegaConf.select(config, path, throw_on_missing=False)
+                OmegaConf.select(config, ".".join(path), throw_on_missing=False)
             except (OmegaConfBaseException, RecursionError):
-                return path, node
-        for key, child in node.items() if isinstance(node, dict) else enumerate(node) if isinstance(node, list) else ():
-            if found := visit(child, f"{path}.{key}" if path else str(key)):
-                return found
-        return None
+                why = _why_broken(tree, node, ()) or "it cannot be followed"
+                found.setdefault(key, f"the reference {node} is refused: {why}; write the value out")
 
-    return visit(OmegaConf.to_container(config, resolve=False), "")
+    visit(tree, (), ())
+    for *blocks, last in found:
+        block = tree
+        for name in blocks:
+            block = block[name]
+        del block[last]
+    return {".".join(key): text for key, text in found.items()}
+
+
+def _why_broken(tree: Any, text: str, followed: tuple[str, ...]) -> str | None:
+    """Why a reference in `text` leads to no value, after those that were `followed`."""
+    for name in re.findall(r"\$\{(.*?)\}", text):
+        if name in followed:
+            return f"it leads in a circle, {' -> '.join((*followed[followed.index(name) :], name))}"
+        value = tree
+        for part in name.split("."):
+            try:
+                value = value[int(part) if isinstance(value, list) else part]
+            except (KeyError, IndexError, TypeError, ValueError):
+                return f"it leads to nothing, there is no key {name}"
+        if value == "???":
+            return f"it leads to nothing, {name} has no value"
+        if isinstance(value, str) and (why := _why_broken(tree, value, (*followed, name))):
+            return why
+    return None
 
 
 def merged_sources(file: Path, overrides: Sequence[str], composition: Composition) -> list[Source]:
@@ -313,10 +353,6 @@ def _compose_message(file: Path, error: BaseException) -> str:
     key = getattr(cause, "full_key", None) or getattr(cause, "key", None)
     if key and str(key) not in text:
         text = f"{key}: {text}"
-    if str(key).startswith("optuna.search_space."):
-        text += f"; to add a parameter to the space, write a plus before the key: +{key}={{…}}"
-    elif str(key).startswith("optuna."):
-        text += "; this run has no optuna block: give a whole one, +optuna={…}"
     return f"{file}: cannot be composed: {text}"
 
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -116,20 +116,54 @@ def load_run(run: str, overrides: Sequence[str] = (), config_dir: str | None = N
             raise UserError(
                 f"override `{override.text}` is a sweep, which needs --multirun; a list goes in brackets, a=[b,c]"
             )
-    source = read_file(file)  # first, so that its faults come with their lines
-    lines = {present_key(key): line for key, line in source.lines.items()} | source.lines
-    data = with_present_names(compose(file, _as_hydra_reads(parsed), _COMPOSITION), warn=True)
-    given = {o.key: o.text for o in parsed}
+    read_file(file)  # first, so that its faults come with their lines
+    composed = compose(file, _as_hydra_reads(parsed), _COMPOSITION)
+    data = with_present_names(composed.values, warn=True)
+    issues = [Issue(present_key(key), text) for key, text in composed.broken.items()]
     try:
-        return validate_run(data)
+        if not issues:
+            return validate_run(data)
+        issues = _faults_of(data, issues)
     except InvalidRun as error:
-        issues = _faults_of(data, error.issues)
-        raise UserError(listing([f"{_place(file, lines, given, i.key)}{i.text}" for i in issues])) from None
+        issues = error.issues
+    issues = _faults_of(data, issues)
+    lines = _lines_of(file, parsed, str)
+    given = {o.key: o.text for o in parsed}
+    if "optuna" not in lines and (key := next((k for k in given if k.startswith("optuna.")), None)):
+        issues = [replace(i, key=key, text=_NO_OPTUNA) if i.key == "optuna" else i for i in issues]
+    raise UserError(listing([f"{_place(file, lines, given, i.key)}{i.text}" for i in issues]))
+
+
+_NO_OPTUNA = (
+    "the run itself has no optuna block, so say what is searched too, e.g. "
+    "'optuna.search_space.learning_rate={type:loguniform,low:1e-4,high:1e-2}'"
+)
+# Blocks that a run may be without, so that Hydra does not know their keys from the schema.
+_OPTIONAL = tuple(f"{key}." for key, value in schema_defaults().items() if value is None and KEYS[key])
 
 
 def _as_hydra_reads(overrides: Sequence[Override]) -> list[str]:
-    """Every key of the schema exists from the start, so that `+key=` can only mean its value, as `++key=` does."""
-    return [f"+{o.text}" if o.kind == "add" and o.key in KEYS else o.text for o in overrides]
+    """Every key of the schema exists from the start, so that `+key=` can only mean its value, as `++key=` does.
+
+    Below a block that a run may be without, a plain `key=` means the same: whether the run's file happens to name the
+    key makes no difference, and what does not belong there is refused when the config is checked.
+    """
+    return [
+        f"++{o.text.lstrip('+')}"
+        if o.kind == "add" and o.key in KEYS or o.kind != "delete" and o.key.startswith(_OPTIONAL)
+        else o.text
+        for o in overrides
+    ]
+
+
+def _lines_of(file: Path, overrides: Sequence[Override], shown: Callable[[Path], str]) -> dict[str, str]:
+    """`file:line` of every key that the merged files hold, the last of them winning; `shown` writes the file."""
+    lines: dict[str, str] = {}
+    for source in merged_sources(file, _as_hydra_reads(overrides), _COMPOSITION):
+        prefix = f"{source.package}." if source.package else ""
+        found = {f"{prefix}{k}": f"{shown(source.path)}:{line}" for k, line in read_file(source.path).lines.items()}
+        lines |= {present_key(key): where for key, where in found.items()} | found
+    return lines
 
 
 @dataclass(frozen=True)
@@ -155,13 +189,11 @@ def origins_of(run: str, overrides: Sequence[str] = (), config_dir: str | None =
     cfg = load_run(run, overrides, config_dir)
     file = find_run(run, config_dir)
     parsed = _parse_overrides(overrides)
-    lines: dict[str, str] = {}  # of every key, the file and line that win
-    for source in merged_sources(file, _as_hydra_reads(parsed), _COMPOSITION):
-        is_packaged = source.path.is_relative_to(CONF)
-        shown = f"packaged {source.path.relative_to(CONF)}" if is_packaged else str(source.path)
-        prefix = f"{source.package}." if source.package else ""
-        found = {f"{prefix}{key}": f"{shown}:{line}" for key, line in read_file(source.path).lines.items()}
-        lines |= {present_key(key): where for key, where in found.items()}
+
+    def shown(path: Path) -> str:
+        return f"packaged {path.relative_to(CONF)}" if path.is_relative_to(CONF) else str(path)
+
+    lines = _lines_of(file, parsed, shown)
     given = {o.key: f"override `{o.text}`" for o in parsed}
 
     def origin(key: str) -> str:
@@ -215,13 +247,14 @@ _PLACEHOLDERS = {
 }
 
 
-def _place(file: Path, lines: Mapping[str, int], overrides: Mapping[str, str], key: str) -> str:
-    """`file:line: key: `, or the override that set the key."""
-    for path in (key, *(key[: m.start()] for m in re.finditer(r"\.", key))):
+def _place(file: Path, lines: Mapping[str, str], overrides: Mapping[str, str], key: str) -> str:
+    """`file:line: key: `, or the override that set the key; of a missing key, the line of the block that lacks it."""
+    paths = [key, *reversed([key[: m.start()] for m in re.finditer(r"\.", key)])]
+    for path in paths:
         if path in overrides:
             return f"override `{overrides[path]}`: {key}: "
-    line = lines.get(key)
-    return f"{file}{f':{line}' if line else ''}: {key + ': ' if key else ''}"
+    where = next((lines[path] for path in paths if path in lines), f"{file}:1")
+    return f"{where}: {key + ': ' if key else ''}"
 
 
 def validate_file(path: str) -> list[str]:

@@ -53,8 +53,9 @@ def airas_part(data: Any) -> AirasParts | None:
             names = ("research_hypothesis", "hypothesis")
             hypothesis = next((h[name] for h in holders for name in names if h.get(name)), None)
             method = part.get("method")
+            resources = next((h["external_resources"] for h in (design, *holders) if h.get("external_resources")), None)
             return AirasParts(
-                design,
+                {**design, "external_resources": resources},
                 runs if isinstance(runs, list) else [runs],
                 hypothesis,
                 method if isinstance(method, str) else None,
@@ -157,15 +158,19 @@ def run_configs_of(found: AirasParts, where: str) -> dict[str, dict[str, Any]]:
     return configs
 
 
-def commits_of(design: Mapping[str, Any]) -> dict[str, str]:
-    """Model id (and its last part) -> the commit that the design's external resources name."""
+def model_resources(design: Mapping[str, Any]) -> tuple[tuple[str, ...], dict[str, str]]:
+    """The ids of the models that the external resources list, and id (and its last part) -> their commits."""
     at: Any = design.get("external_resources")
     for key in ("hugging_face", "models"):
         at = at.get(key) if isinstance(at, dict) else None
-    commits = {}
+    ids: dict[str, None] = {}
+    commits: dict[str, str] = {}
     for model in at if isinstance(at, list) else ():
         name, sha = (model.get("id"), model.get("sha")) if isinstance(model, dict) else (None, None)
-        if isinstance(name, str) and isinstance(sha, str) and re.fullmatch("[0-9a-f]{40}", sha):
+        if not isinstance(name, str) or not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name):
+            continue
+        ids[name] = None
+        if isinstance(sha, str) and re.fullmatch("[0-9a-f]{40}", sha):
             commits[name] = sha
             commits.setdefault(name.rsplit("/", 1)[-1], sha)
-    return commits
+    return tuple(ids), commits

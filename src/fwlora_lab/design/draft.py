@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Generic, TypeVar
 
 from fwlora_lab.catalog.methods import MethodName
+from fwlora_lab.catalog.tasks import TASKS
 from fwlora_lab.config.checks import reads
 from fwlora_lab.config.former_names import present_leaf
 from fwlora_lab.config.keys import KEYS, get_key, schema_defaults
@@ -93,6 +95,20 @@ class MethodEntry:
         return _ROLE_NAMES.get((role, self.method_name), self.method_name)
 
 
+@dataclass(frozen=True)
+class UnknownMethod:
+    """A method of the design that no name known here means; its runs are left out.
+
+    Args:
+        role, source_location: as of a MethodEntry.
+        name: as the design writes it; a description's first words.
+    """
+
+    role: str
+    source_location: str
+    name: str
+
+
 @dataclass
 class RunDraft:
     """The parts of one run, and the values that its keys have so far.
@@ -141,6 +157,29 @@ class RunDraft:
     def get(self, key: str) -> Any:
         """The value of a key, or the default of run configs."""
         return self.values[key].value if key in self.values else get_key(DEFAULTS, key)
+
+    def searched_ends(self, key: str) -> list[Any]:
+        """The lowest and the highest searched value of a key, or its choices; [] if it is not searched."""
+        return self.search[key].space.ends() if key in self.search else []
+
+    def trained_examples(self, examples: int) -> int:
+        """How many of a task's training examples the run trains on."""
+        limit, carved = self.get("dataset.train_examples"), self.get("dataset.validation_fraction")
+        if isinstance(carved, int | float):
+            examples = round(examples * (1 - carved))
+        return min(examples, limit) if isinstance(limit, int) else examples
+
+    def fewest_steps(self) -> int | None:
+        """Optimiser steps of the run, or of the shortest that its search tries; None where they are not known."""
+        task = TASKS.get(str(self.get("dataset.subset") or self.get("dataset.name")))
+        keys = "training.batch_size", "training.epochs", "training.gradient_accumulation_steps"
+        batches, epochs, accumulated = ([self.get(key), *self.searched_ends(key)] for key in keys)
+        if task is None or not task.train_examples:
+            return None
+        if not all(isinstance(v, int) and v > 0 for v in (*batches, *epochs, *accumulated)):
+            return None
+        examples = self.trained_examples(task.train_examples)
+        return min(epochs) * math.ceil(examples / (max(batches) * max(accumulated)))
 
     def applies(self, key: str) -> bool:
         """Whether this run's method reads the key."""

@@ -73,7 +73,8 @@ def generate(
         read: turns the source into a request.
 
     Returns:
-        The exit code: 1 if `check` is set and the design contradicts itself, else 0.
+        The exit code: 1 if `check` is set and the design contradicts itself, or if runs of unknown methods were left
+        out, else 0.
     """
     generated = generate_configs(read(source))
     for item in generated.contradictions:
@@ -90,4 +91,4 @@ def generate(
         print(json.dumps({"run_configs": configs}, indent=2))
     elif out is None and not check:
         print("---\n".join(generated.configs.values()), end="")
-    return 0
+    return 1 if any(item.kind == "unknown method" for item in generated.contradictions) else 0

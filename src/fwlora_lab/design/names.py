@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -11,47 +12,60 @@ from fwlora_lab.catalog.methods import METHODS, MethodName
 from fwlora_lab.catalog.tasks import TASKS
 from fwlora_lab.design.request import DesignRequest
 from fwlora_lab.design.schema import DesignDataset, DesignModel
-from fwlora_lab.text import did_you_mean, one_line
+from fwlora_lab.text import one_line
 
 # Words around a method's name that do not make it another method.
-_QUALIFIERS = re.compile(r"^(the_|plain_|vanilla_|standard_|ordinary_|uniform_|baseline_|proposed_|ours_)+")
-_MAX_NAME = 60  # characters; a longer text is a description, which may compare the method with others
-# The first pattern found in a description decides: descriptions of FW-LoRA and AdaLoRA mention LoRA too.
-_IN_DESCRIPTIONS = (
-    (re.compile(r"FW-?LoRA|Fisher-?\s?[Ww]eighted\s+LoRA"), "fw_lora"),
-    (re.compile(r"\bAdaLoRA\b"), "adalora"),
-    (re.compile(r"(?<![\w-])LoRA(?![\w+-])"), "lora"),
-)
+_BEFORE = re.compile(r"^(the_|plain_|vanilla_|standard_|ordinary_|uniform_|baseline_|proposed_|ours_|our_)+")
+_AFTER = re.compile(r"(_(baseline|method|adapters?|fine_?tuning|ours))+$")
+_ALIASES = {"fwlora": "fw_lora", "fisher_weighted_lora": "fw_lora"}
+# A text that defines the method that it begins with: `Fisher-Weighted LoRA (FW-LoRA) is a replacement for ...`.
+_DEFINED = re.compile(r"(.{1,80}?)(?:\s+is\s+(?:an?|our|the)\s|\s*:\s|\s+[—–]\s|\n)", re.S)
+_PROPOSES = re.compile(r"\b(?:we|paper|work)\s+(?:propose|introduce|present)s?\s+(.{1,60})", re.I)
+_NAME_LIKE = re.compile(r"[\w+-]*[a-z0-9-][A-Z][\w+-]*|[A-Z]{2,}[\w+-]*\d")  # LoRA, QLoRA, IA3; not PEFT, not rank
+_MINILM = ("minilm", "minilm-l6-v2", "all-minilm-l6-v2", "sentence-transformers/all-minilm-l6-v2")
+_PUBLISHED = ("lora", "adalora")  # texts on other methods begin with these too: `LoRA is a ..., we generalise it`
 
 
 def method_in(text: str) -> MethodName | None:
-    """The method that a name or the start of a description means; None for one that is not implemented."""
-    name = re.sub(r"\(.*?\)", " ", text[:300]).strip().lower().replace("-", "_").replace(" ", "_").strip("_")
-    bare = _QUALIFIERS.sub("", name)
-    for candidate in (name, bare):
-        if candidate in METHODS:
-            return METHODS[candidate]
-    if bare in ("fwlora", "fisher_weighted_lora"):
-        return "fw_lora"
-    if len(text) <= _MAX_NAME and "\n" not in text:
-        return None
-    return next((method for pattern, method in _IN_DESCRIPTIONS if pattern.search(text[:2000])), None)
+    """The method that a name means; None for one that is not implemented, and for prose that only mentions one.
 
-
-def method_named(request: DesignRequest, text: str, source_location: str) -> MethodName:
-    """The method that a name means.
-
-    Raises:
-        UserError: it is not implemented.
+    Names are compared without regard to case, hyphens and words such as `plain` or `baseline`. What stands in brackets
+    is left out, unless it names something else: `LoRA (rank 8)` is LoRA, `LoRA (DoRA)` is not known.
     """
-    method = method_in(text)
-    if method is None:
-        raise request.error(
-            source_location,
-            f"{one_line(text, 80)!r} is not a method{did_you_mean(text[:80], METHODS)}: "
-            f"use one of {', '.join(METHODS)}",
-        )
+    bare = re.sub(r"\(.*?\)", " ", text[:300])
+    name = re.sub(r"[\s_-]+", "_", bare.strip().lower()).strip("_")
+    short = _AFTER.sub("", _BEFORE.sub("", name))
+    method = next((METHODS[n] for n in (name, short) if n in METHODS), None) or _ALIASES.get(short)
+    if method is not None:
+        for inner in re.findall(r"\((.*?)\)", text[:300]):
+            if any(method_in(word) != method for word in _NAME_LIKE.findall(inner)):
+                return None
     return method
+
+
+def method_defined_in(text: str) -> MethodName | None:
+    """The method that a proposed method's text names or defines with its first words; never one further on."""
+    if (method := method_in(text)) is not None and len(text) <= 300:
+        return method
+    defined = _DEFINED.match(text.lstrip())
+    method = method_in(defined[1]) if defined else None
+    if method in _PUBLISHED:
+        return None
+    for proposed in _PROPOSES.findall(text):
+        if any(method_in(word) != method for word in _NAME_LIKE.findall(proposed)):
+            return None
+    return method
+
+
+def unknown_text(name: str) -> str:
+    """What is said of a method that is not known here; it names the nearest known ones, at most three, or else all."""
+    shorts = list(dict.fromkeys(METHODS.values()))
+    near = difflib.get_close_matches(re.sub(r"[\s_-]+", "_", name[:80].lower()), shorts, n=3, cutoff=0.4)
+    known = f"the nearest known: {', '.join(near)}" if near else f"known: {', '.join(shorts)}"
+    return (
+        f"{one_line(name, 80)!r} is not a method that is known here; {known}. Its runs are left out, and not written "
+        "as another method's"
+    )
 
 
 @dataclass(frozen=True)
@@ -64,6 +78,7 @@ class ResolvedModel:
         revision: full commit hash, where the design or its list of resources names one.
         stated_size: number of parameters that the design gives.
         encoder: the entry of the catalog; None for a model that it does not hold.
+        is_listed: whether `pretrained_id` comes from the request's list of resources.
         states_id: whether the design gives `pretrained_id` itself.
         source_location: where the design names the model.
     """
@@ -73,6 +88,7 @@ class ResolvedModel:
     revision: str | None
     stated_size: int | None
     encoder: EncoderInfo | None
+    is_listed: bool
     states_id: bool
     source_location: str
 
@@ -86,24 +102,38 @@ def resolve_model(request: DesignRequest, given: str | DesignModel, source_locat
     if isinstance(given, DesignModel) and given.parameters is not None:
         stated_size = given.parameters
     stated_id = given.pretrained_id if isinstance(given, DesignModel) else None
+    resource = _resource(request, stated_id or name)
     if stated_id is not None:
         pretrained_id = stated_id
         encoder = ENCODERS.get(stated_id.rsplit("/", 1)[-1].lower())
     else:
-        is_minilm = "minilm-l6" in name.lower() or name.lower() == "minilm"
-        encoder = ENCODERS.get("minilm" if is_minilm else name.lower().rsplit("/", 1)[-1])
-        pretrained_id = encoder.pretrained_id if encoder and "/" not in name else name
+        encoder = ENCODERS.get("minilm" if name.lower() in _MINILM else name.lower().rsplit("/", 1)[-1])
+        pretrained_id = encoder.pretrained_id if encoder and "/" not in name else resource or name
     revision = given.revision if isinstance(given, DesignModel) else None
-    if revision is None and not _is_pinned(pretrained_id):
-        revision = request.commits.get(pretrained_id)
-    return ResolvedModel(name, pretrained_id, revision, stated_size, encoder, stated_id is not None, source_location)
+    if revision is None and packaged_encoder(pretrained_id) is None:
+        commit = request.commits.get(resource or "")
+        pinned = pinned_revisions().get(aliases().get(pretrained_id, pretrained_id))
+        revision = commit if commit != pinned else None  # a run config need not repeat a pinned commit
+    return ResolvedModel(
+        name,
+        pretrained_id,
+        revision,
+        stated_size,
+        encoder,
+        pretrained_id == resource,
+        stated_id is not None,
+        source_location,
+    )
 
 
-def _is_pinned(pretrained_id: str) -> bool:
-    """Whether the catalog fixes which weights an id means, so that a run config needs no revision."""
-    if packaged_encoder(pretrained_id):
-        return True
-    return aliases().get(pretrained_id, pretrained_id) in pinned_revisions()
+def _resource(request: DesignRequest, name: str) -> str | None:
+    """The id, among the request's model resources, that a model's name means; None if none or several have it."""
+    if name in request.model_ids:
+        return name
+    part = name.rsplit("/", 1)[-1]
+    found = {i for i in request.model_ids if _letters_and_digits(i.rsplit("/", 1)[-1]) == _letters_and_digits(part)}
+    found = {i for i in found if "/" not in name or i.lower() == name.lower()}
+    return found.pop() if len(found) == 1 else None
 
 
 def subset_of(text: str) -> str | None:
@@ -127,8 +157,8 @@ def label(part: str | DesignModel | DesignDataset) -> str:
 
 
 def plain(text: str) -> str:
-    """Letters, digits and underscores only, in lower case: what two spellings of one name have in common."""
-    return re.sub(r"\W", "", text.lower())
+    """Letters, digits, underscores, + and * only, in lower case: what two spellings of one name have in common."""
+    return re.sub(r"[^\w+*]", "", text.lower())
 
 
 def slug(parts: Iterable[str]) -> str:

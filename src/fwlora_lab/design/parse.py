@@ -14,6 +14,7 @@ from pydantic import ValidationError
 from fwlora_lab.config.hydra_bridge import yaml_loader
 from fwlora_lab.config.issues import issues_of
 from fwlora_lab.config.yaml_reader import inspect_node, syntax_message
+from fwlora_lab.design.names import method_defined_in, method_in, unknown_text
 from fwlora_lab.design.request import DesignRequest
 from fwlora_lab.design.schema import DESIGN_KEYS, ExperimentDesign
 from fwlora_lab.errors import UserError
@@ -149,4 +150,17 @@ def check_design(
         messages = []
         for issue in issues_of(error, data, lambda key: did_you_mean(key.rsplit(".", 1)[-1], DESIGN_KEYS)):
             messages.append(str(request.locate(one_line(issue.key), one_line(issue.text, 400))))
+        messages += [f"{request.locate(location)}: {unknown_text(name)}" for location, name in _unknown_methods(data)]
         raise UserError(listing(messages)) from None
+
+
+def _unknown_methods(data: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """Location and name of the methods that are not known, in a design that has other faults too."""
+    compared = data.get("comparative_methods")
+    given = [("proposed_method", data.get("proposed_method"), method_defined_in)]
+    given += [
+        (f"comparative_methods.{n}", method, method_in)
+        for n, method in enumerate(compared if isinstance(compared, list) else ())
+    ]
+    names = [(where, m.get("name") if isinstance(m, dict) else m, meaning) for where, m, meaning in given]
+    return [(where, name) for where, name, meaning in names if isinstance(name, str) and meaning(name) is None]

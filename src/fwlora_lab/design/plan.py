@@ -5,14 +5,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from fwlora_lab.design.draft import MethodEntry, RunDraft, Sourced
-from fwlora_lab.design.names import label, method_in, plain, slug
+from fwlora_lab.design.draft import MethodEntry, RunDraft, Sourced, UnknownMethod
+from fwlora_lab.design.names import label, method_in, plain, slug, unknown_text
 from fwlora_lab.design.request import DesignRequest
 from fwlora_lab.design.resolve import ResolvedDesign, dataset_values, parse_settings, resolve_design
 from fwlora_lab.design.schema import DesignDataset, DesignRun, ExperimentDesign
 from fwlora_lab.design.sources import fill, inferred_sources, search_space, stated_sources
 from fwlora_lab.errors import UserError
-from fwlora_lab.text import did_you_mean, one_line
+from fwlora_lab.text import did_you_mean, listing, one_line
 
 MAX_RUNS = 1_000
 MAX_RUN_ID = 200  # characters
@@ -43,6 +43,10 @@ def plan_design(request: DesignRequest) -> DesignPlan:
     resolved = resolve_design(request)
     drafter = _Drafter(resolved)
     drafts = drafter.listed_runs() if request.design.runs else drafter.all_combinations()
+    if not drafts:
+        raise UserError(
+            listing([f"{request.locate(m.source_location)}: {unknown_text(m.name)}" for m in resolved.unknown_methods])
+        )
     seen: dict[str, RunDraft] = {}
     for draft in drafts:
         name = draft.run_id.lower()  # some file systems do not distinguish capitals
@@ -93,13 +97,16 @@ class _Drafter:
         return found or [None]
 
     def listed_runs(self) -> list[RunDraft]:
-        """One run for each that the design lists."""
-        return [self._listed_run(run, f"runs.{n}") for n, run in enumerate(self.design.runs)]
+        """One run for each that the design lists, but for those of a method that is not known."""
+        drafts = [self._listed_run(run, f"runs.{n}") for n, run in enumerate(self.design.runs)]
+        return [draft for draft in drafts if draft is not None]
 
-    def _listed_run(self, run: DesignRun, location: str) -> RunDraft:
+    def _listed_run(self, run: DesignRun, location: str) -> RunDraft | None:
         model = self._position(run.model, self.model_names, f"{location}.model")
         dataset = self._position(run.dataset, self.dataset_names, f"{location}.dataset")
         method = self._method_of(run, f"{location}.method")
+        if isinstance(method, UnknownMethod):
+            return None
         run_id = run.run_id or slug([method.role, self.model_names[model], self.dataset_names[dataset]])[:MAX_RUN_ID]
         budget = Sourced(run.budget, source_location=f"{location}.budget") if run.budget is not None else None
         return self._draft(run_id, method, model, dataset, budget, run, location)
@@ -120,18 +127,21 @@ class _Drafter:
             )
         return same[0]
 
-    def _method_of(self, run: DesignRun, location: str) -> MethodEntry:
+    def _method_of(self, run: DesignRun, location: str) -> MethodEntry | UnknownMethod:
         """The method that a run names by its role, by its name in the design, or by any name of the same method."""
-        methods = self.resolved.methods
+        methods = [*self.resolved.methods, *self.resolved.unknown_methods]
         roles = [method.role for method in methods]
         # A proposed method that is a text may be a whole description, which is no use in a message.
-        names = [m.role if m.method.name == self.design.proposed_method else m.method.name for m in methods]
+        written = [m.name if isinstance(m, UnknownMethod) else m.method.name for m in methods]
+        names = [
+            m.role if name == self.design.proposed_method else name for m, name in zip(methods, written, strict=True)
+        ]
         if run.method in roles:
             return methods[roles.index(run.method)]
-        if run.method in names:
-            return methods[names.index(run.method)]
+        if run.method in written:
+            return methods[written.index(run.method)]
         meant = method_in(run.method)
-        same = [method for method in methods if meant is not None and method.method_name == meant]
+        same = [method for method in self.resolved.methods if meant is not None and method.method_name == meant]
         return same[0] if same else methods[self._position(run.method, [*roles, *names], location) % len(roles)]
 
     def _draft(

@@ -7,7 +7,7 @@ import re
 from dataclasses import dataclass, field
 from typing import Any
 
-from fwlora_lab.design.airas import AIRAS_NAMES, AIRAS_RUN, AirasParts, commits_of, environment_of, from_airas
+from fwlora_lab.design.airas import AIRAS_NAMES, AIRAS_RUN, AirasParts, environment_of, from_airas, model_resources
 from fwlora_lab.design.literals import read_fields
 from fwlora_lab.design.parse import check_design, read_json, read_yaml
 from fwlora_lab.design.request import DesignRequest
@@ -76,7 +76,8 @@ def read_prompt(text: str, source: str, kind: type[ExperimentDesign]) -> DesignR
         lines[f"example:{run_id}"] = text.count("\n", 0, max(before, 0)) + 2  # its YAML is on the next line
         spelling[f"example:{run_id}"] = f"Output: {run_id}"
     checked = check_design(plain, source, lines, spelling, kind)
-    return DesignRequest(source, checked, spelling, lines, examples, commits_of(design))
+    ids, commits = model_resources(design)
+    return DesignRequest(source, checked, spelling, lines, examples, commits, ids)
 
 
 def _sections(body: str) -> dict[str, _Section]:

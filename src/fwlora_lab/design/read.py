@@ -9,7 +9,7 @@ import re
 from pathlib import Path
 
 from fwlora_lab.catalog.extensions import load_extensions
-from fwlora_lab.design.airas import airas_part, commits_of, from_airas, run_configs_of
+from fwlora_lab.design.airas import airas_part, from_airas, model_resources, run_configs_of
 from fwlora_lab.design.parse import MAX_YAML_BYTES, check_design, read_json, read_text, read_yaml
 from fwlora_lab.design.prompt import read_prompt
 from fwlora_lab.design.request import DesignRequest
@@ -43,7 +43,8 @@ def read_request(source: str, complete: bool = True) -> DesignRequest:
             plain, spelling = from_airas(found, "")
             examples = run_configs_of(found, source)
             design = check_design(plain, source, {}, spelling, kind)
-            return DesignRequest(source, design, spelling, {}, examples, commits_of(found.design))
+            ids, commits = model_resources(found.design)
+            return DesignRequest(source, design, spelling, {}, examples, commits, ids)
         return DesignRequest(source, check_design(data, source, {}, {}, kind))
     if _PROMPT.search(text):
         return read_prompt(text, source, kind)

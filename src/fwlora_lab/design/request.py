@@ -37,6 +37,7 @@ class DesignRequest:
         lines: source location -> line in the file, from 1.
         examples: run id -> the config that the source itself gives as an example of its output.
         commits: model id -> full commit hash, from the source's list of resources.
+        model_ids: the ids of the models in that list.
         writer: the language model that filled gaps; "" without one.
         filled: source location -> what that language model answered; the source itself states nothing there.
     """
@@ -47,6 +48,7 @@ class DesignRequest:
     lines: Mapping[str, int] = field(default_factory=dict)
     examples: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     commits: Mapping[str, str] = field(default_factory=dict)
+    model_ids: tuple[str, ...] = ()
     writer: str = ""
     filled: Mapping[str, Any] = field(default_factory=dict)
 

@@ -8,14 +8,15 @@ from typing import Any
 
 from pydantic import ValidationError
 
+from fwlora_lab.catalog.methods import MethodName
 from fwlora_lab.catalog.tasks import TASKS
 from fwlora_lab.config.former_names import with_present_names
 from fwlora_lab.config.issues import issues_of
 from fwlora_lab.config.keys import KEYS, search_key
 from fwlora_lab.config.schema import Dimension
-from fwlora_lab.design.draft import BUDGET, MethodEntry, SearchEntry, Sourced
+from fwlora_lab.design.draft import BUDGET, MethodEntry, SearchEntry, Sourced, UnknownMethod
 from fwlora_lab.design.examples import example_space, example_value
-from fwlora_lab.design.names import ResolvedModel, label, method_in, method_named, resolve_model, subset_of
+from fwlora_lab.design.names import ResolvedModel, label, method_defined_in, method_in, resolve_model, subset_of
 from fwlora_lab.design.prose import ProseNumber, budgets_in_prose, numbers_in_prose
 from fwlora_lab.design.request import DesignRequest
 from fwlora_lab.design.schema import DesignDataset, DesignMethod, ExperimentDesign
@@ -33,6 +34,7 @@ class ResolvedDesign:
     """A design, resolved once for all of its runs.
 
     Args:
+        methods, unknown_methods: those that are known here, and those whose runs are left out.
         spaces: key -> the range that all methods search.
         examples: run id -> example config, its keys under their present names.
         example_spaces: key -> the range that an example config searches, if neither the design nor a method names one.
@@ -43,6 +45,7 @@ class ResolvedDesign:
 
     request: DesignRequest
     methods: list[MethodEntry]
+    unknown_methods: list[UnknownMethod]
     models: list[ResolvedModel]
     spaces: dict[str, SearchEntry]
     examples: dict[str, dict[str, Any]]
@@ -65,7 +68,7 @@ def resolve_design(request: DesignRequest) -> ResolvedDesign:
         UserError: a name means nothing, or a range cannot be read.
     """
     design = request.design
-    methods = _methods(request)
+    methods, unknown_methods = _methods(request)
     spaces = _spaces(request, _SPACES, design.hyperparameters_to_search)
     examples = {run_id: with_present_names(example) for run_id, example in request.examples.items()}
     named = set(spaces).union(*(method.spaces for method in methods))
@@ -74,6 +77,7 @@ def resolve_design(request: DesignRequest) -> ResolvedDesign:
     return ResolvedDesign(
         request=request,
         methods=methods,
+        unknown_methods=unknown_methods,
         models=[resolve_model(request, given, f"models.{n}") for n, given in enumerate(design.models)],
         spaces=spaces,
         examples=examples,
@@ -86,24 +90,33 @@ def resolve_design(request: DesignRequest) -> ResolvedDesign:
     )
 
 
-def _methods(request: DesignRequest) -> list[MethodEntry]:
+def _methods(request: DesignRequest) -> tuple[list[MethodEntry], list[UnknownMethod]]:
+    """The design's methods by their names, and those that are not known.
+
+    A description never says which method is meant: most of them name others to compare with.
+    """
     proposed = request.design.proposed_method
+    given: list[tuple[str, str, DesignMethod, MethodName | None]] = []
     if isinstance(proposed, str):  # may be a description, which is longer than a name may be
-        method, location = DesignMethod.model_construct(name=proposed), "proposed_method"
+        method = DesignMethod.model_construct(name=proposed)
+        given.append(("proposed", "proposed_method", method, method_defined_in(proposed)))
     else:
-        method, location = proposed, "proposed_method.name"
-    method_name = method_in(method.name) or method_in(method.description or "")
-    method_name = method_name or method_named(request, method.name, location)
-    found = [_method(request, "proposed", "proposed_method", method, method_name)]
-    for n, given in enumerate(request.design.comparative_methods):
-        location = f"comparative_methods.{n}"
-        method = DesignMethod(name=given) if isinstance(given, str) else given
-        method_name = method_named(request, method.name, location)
-        found.append(_method(request, f"comparative-{n + 1}", location, method, method_name))
-    return found
+        given.append(("proposed", "proposed_method", proposed, method_in(proposed.name)))
+    for n, compared in enumerate(request.design.comparative_methods):
+        method = DesignMethod(name=compared) if isinstance(compared, str) else compared
+        given.append((f"comparative-{n + 1}", f"comparative_methods.{n}", method, method_in(method.name)))
+    known, unknown = [], []
+    for role, location, method, method_name in given:
+        if method_name is None:
+            unknown.append(UnknownMethod(role, location, method.name))
+        else:
+            known.append(_method(request, role, location, method, method_name))
+    return known, unknown
 
 
-def _method(request: DesignRequest, role: str, location: str, method: DesignMethod, method_name: str) -> MethodEntry:
+def _method(
+    request: DesignRequest, role: str, location: str, method: DesignMethod, method_name: MethodName
+) -> MethodEntry:
     spaces = _spaces(request, f"{location}.{_SPACES}", method.hyperparameters_to_search)
     return MethodEntry(role, location, method, method_name, spaces)
 

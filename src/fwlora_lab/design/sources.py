@@ -81,7 +81,8 @@ class NamedModel:
             return Sourced(model.name, "", model.source_location)
         if key == "model.pretrained_id":
             is_stated = model.states_id or model.pretrained_id == model.name
-            note = "" if is_stated else f"where {model.name} comes from"
+            origin = "id in the request's external resources" if model.is_listed else f"where {model.name} comes from"
+            note = "" if is_stated else origin
             return Sourced(model.pretrained_id, note, model.source_location)
         if key == "model.revision" and model.revision is not None:
             return Sourced(model.revision, "commit of the request's external resources", model.source_location)
@@ -223,9 +224,30 @@ class Defaults:
                 return Sourced(get_key(DEFAULTS, key), self.lanes_note)
             case "optuna.n_trials":
                 return Sourced(20, "default of run configs")
+            case "fw_lora.warmup_steps" if draft.applies(key) and key not in draft.search:
+                return self._warmup(draft)
         if key in self.keys and draft.applies(key):
-            return Sourced(get_key(DEFAULTS, key), self.block_notes[key.split(".")[0]])
+            default = get_key(DEFAULTS, key)
+            if key in draft.search and not draft.search[key].space.holds(default):
+                entry = draft.search[key]
+                return Sourced(entry.space.middle(), "the middle of the searched range", entry.source_location)
+            return Sourced(default, self.block_notes[key.split(".")[0]])
         return None
+
+    def _warmup(self, draft: RunDraft) -> Sourced[int | float]:
+        """K = 500, as the request has it, where at least three quarters of the run are left; else a quarter of it."""
+        default, note = get_key(DEFAULTS, "fw_lora.warmup_steps"), self.block_notes["fw_lora"]
+        steps, start = draft.fewest_steps(), draft.get("fw_lora.fisher_start")
+        if isinstance(start, int) and start > 0 and steps is not None:
+            return Sourced(
+                min(max(default, start + 1), start + max(1, (steps - start) // 4)), f"{note}, after fisher_start"
+            )
+        if steps is not None and 4 * default <= steps:
+            return Sourced(default, note)
+        of_steps = (
+            f"of the run's {steps:,} steps" if steps is not None else "of the run, whose steps are not known here"
+        )
+        return Sourced(0.25, f"a quarter {of_steps}; {note}: {default} steps where they are at most that")
 
     def _rank(self, draft: RunDraft) -> Sourced[int | None]:
         searched = draft.search.get(RANK)

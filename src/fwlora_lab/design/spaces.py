@@ -49,6 +49,28 @@ class ParsedSpace:
             return []
         return self.dimension.get("choices") or [self.dimension["low"], self.dimension["high"]]
 
+    def holds(self, value: Any) -> bool:
+        """Whether a value lies in the range; True for a value that cannot be compared with it."""
+        dimension = self.dimension or {}
+        try:
+            choices = dimension.get("choices")
+            return value in choices if choices is not None else dimension["low"] <= value <= dimension["high"]
+        except TypeError:
+            return True  # of another type: refused when the config is checked
+
+    def middle(self) -> Any:
+        """The middle one of the choices or steps, the mean, or the geometric mean of a log-uniform range."""
+        dimension = self.dimension or {}
+        if choices := dimension.get("choices"):
+            return choices[len(choices) // 2]
+        low, high = dimension["low"], dimension["high"]
+        if dimension["type"] == "loguniform":
+            return float(f"{math.sqrt(low * high):.3g}")
+        if dimension["type"] == "int":
+            step = dimension.get("step") or 1
+            return low + (high - low) // (2 * step) * step
+        return (low + high) / 2
+
 
 def parse_space(name: str, given: Any) -> ParsedSpace:
     """A range in text, a list, one value or a typed dimension, as a dimension of the key that `name` means.

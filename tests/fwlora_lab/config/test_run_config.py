@@ -26,7 +26,7 @@ from fwlora_lab.catalog.methods import METHODS
 from fwlora_lab.catalog.tasks import GLUE
 from fwlora_lab.config.checks import check_warmup, reads, warnings_of
 from fwlora_lab.config.fingerprint import fingerprint
-from fwlora_lab.config.keys import KEYS, search_key
+from fwlora_lab.config.keys import KEYS, get_key, search_key
 from fwlora_lab.config.load import expand_runs, load_run, validate_file
 from fwlora_lab.config.schema import FWLoraSettings, RunConfig
 from fwlora_lab.config.search_space import dimensions_of
@@ -293,7 +293,7 @@ def test_overrides_that_are_refused(override, says):
 
 
 def test_a_run_without_a_search_space_has_no_number_of_trials(tmp_path):
-    with pytest.raises(UserError, match=r"this run has no optuna block: give a whole one, \+optuna="):
+    with pytest.raises(UserError, match=r"override `optuna.n_trials=3`: .*the run itself has no optuna block"):
         load_run(write(tmp_path / "mine.yaml", MINIMAL), ["optuna.n_trials=3"])
 
 
@@ -624,3 +624,60 @@ def test_small_floats_are_written_with_a_point_and_a_signed_exponent():
 
 def test_the_packaged_tree_ships_with_the_package():
     assert (CONF / "config.yaml").is_file() and len(available_runs()) == 11
+
+
+@pytest.mark.parametrize(
+    ("override", "value"),
+    [
+        ("optuna.pruner=median", "median"),
+        ("optuna.n_jobs=3", 3),
+        ("+optuna.n_jobs=3", 3),
+        ("optuna.storage=postgresql://USER@HOST/DATABASE", "postgresql://USER@HOST/DATABASE"),
+        ("fw_lora.gamma=0.7", 0.7),
+        ("adalora.delta_t=2", 2),
+        ("model.lora.alpha=3", 3.0),
+    ],
+)
+def test_keys_of_optional_blocks_are_overridden_without_a_plus(override, value):
+    cfg = load_run("minilm-cola-lora", [override])
+    assert get_key(cfg.model_dump(), override.split("=")[0].lstrip("+")) == value
+
+
+def test_a_search_space_is_changed_and_extended_without_a_plus():
+    added = "optuna.search_space.weight_decay={type:uniform,low:0.0,high:0.1}"
+    cfg = load_run("minilm-cola-lora", ["optuna.search_space.learning_rate.low=1e-5", added])
+    assert cfg.optuna is not None and cfg.optuna.search_space is not None
+    assert cfg.optuna.search_space["learning_rate"].low == 1e-5
+    assert cfg.optuna.search_space["weight_decay"].high == 0.1
+    with pytest.raises(UserError, match="did you mean 'optuna.pruner'"):
+        load_run("minilm-cola-lora", ["optuna.prunner=median"])
+
+
+def test_references_that_lead_nowhere_hide_no_other_fault(tmp_path):
+    text = """\
+run_id: x
+method: fwlora
+model:
+  name: m
+  lora:
+    rank: 4
+    alpha: ${model.lora.alpha}
+dataset:
+  name: glue
+training:
+  seed: ${seed}
+  epochs: three
+  learning_rate: ${opt.beta}
+  optimizer: "ad\\namw"
+"""
+    path = write(tmp_path / "x.yaml", text)
+    with pytest.raises(UserError) as caught:
+        load_run(path)
+    faults = str(caught.value).splitlines()[1:]
+    places = {fault.split(": ")[1]: int(fault.split(": ")[0].rsplit(":", 1)[1]) for fault in faults}
+    assert places == {
+        "model.lora.alpha": 7, "training.learning_rate": 13, "training.seed": 11, "method": 2, "training.epochs": 12,
+        "training.optimizer": 14, "model.pretrained_id": 3, "dataset.subset": 8,
+    }  # fmt: skip
+    assert "in a circle, model.lora.alpha -> model.lora.alpha" in str(caught.value)
+    assert "there is no key opt.beta" in str(caught.value) and "there is no key seed" in str(caught.value)

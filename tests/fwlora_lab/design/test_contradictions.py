@@ -27,16 +27,16 @@ def test_a_sound_design_has_no_contradiction():
         ({"budgets": [0.2], "hyperparameters_to_search": {"lora_rank": "4,8"}}, "rank against budget", "4 is 0.473 %"),
         ({"models": ["roberta-base (110M)"]}, "model size", "124,645,632"),
         ({"models": [{"name": "roberta-base", "parameters": 10**8}]}, "model size", "not 100 M"),
-        ({"datasets": ["CoLA"]}, "K against steps", "leaves 304 steps of the 804"),
-        ({"datasets": ["CoLA"], "settings": {"batch_size": 64}}, "K against steps", "no step of the 402"),
-        ({"datasets": ["RTE"], "hyperparameters_to_search": {"warmup_steps": "10-90"}}, "K against steps", "of rte"),
+        ({"datasets": ["CoLA"], "settings": {"warmup_steps": 500}}, "K against steps", "leaves 304 steps of the 804"),
+        ({"datasets": ["CoLA"], "settings": {"batch_size": 64}, "summary": "K=500"}, "K against steps", "of the 402"),
+        ({"datasets": ["RTE"], "hyperparameters_to_search": {"warmup_steps": "10-200"}}, "K against steps", "of rte"),
         ({"hypothesis": {"experimental_setup": "SST-2 and CoLA"}}, "left out", "data set cola"),
         ({"summary": "Budgets 0.1 %, 0.2 %", "budgets": [0.2]}, "left out", "budget 0.1 %"),
         ({"summary": "Baselines: plain LoRA.", "comparative_methods": []}, "left out", "plain LoRA"),
         ({"metrics": ["Matthews Correlation"]}, "left out", "Matthews"),
         ({"hyperparameters_to_search": {"gamma": "2-1"}}, "range", "backwards"),
         ({"hyperparameters_to_search": {"lambda_fw": "0-1"}}, "range", "log scale"),
-        ({"hyperparameters_to_search": {"learning_rate": "1e-3-2e-3"}}, "range", "outside"),
+        ({"summary": "lr 2e-4", "hyperparameters_to_search": {"learning_rate": "1e-3-2e-3"}}, "range", "outside"),
         ({"settings": {"target_modules": ["query", "q_proj"]}}, "target modules", "'q_proj'"),
         ({"settings": {"target_modules": ["output"]}}, "target modules", "literally"),
         ({"summary": "3 epochs", "settings": {"epochs": 5}}, "two values", "3 and 5"),
@@ -77,7 +77,7 @@ def test_a_registered_task_that_only_the_prose_names_is_left_out(monkeypatch):
     spec = TaskSpec("toy", "classification", ("no", "yes"), 1, ("accuracy",), "accuracy")
     toy = TaskInfo(spec, DataSource("toy", "nowhere:load"), train_examples=640, prose_pattern=r"\bToy\b")
     monkeypatch.setitem(TASKS, "toy", toy)
-    found = [(c.kind, c.text) for c in generate_configs(design(hypothesis="SST-2 and Toy")).contradictions]
+    found = [(c.kind, c.text) for c in generate_configs(design(hypothesis="SST-2 and Toy, K = 500")).contradictions]
     assert ("left out", "data set toy is demanded by the prose, no run has it") in found
     k_of_toy = "K = 500 leaves no step of the 60 of toy (640 examples, batch 32, 3 epochs)"
     assert ("K against steps", k_of_toy) in found

@@ -169,6 +169,6 @@ def test_any_value_is_taken_or_refused(tmp_path, place, value):
     path = tmp_path / "d.json"
     path.write_text(json.dumps(changed(place, value)))
     try:
-        assert generate(str(path), None, True, False) == 0
+        assert generate(str(path), None, True, False) in (0, 1)  # 1 where an unknown method's runs are left out
     except UserError as error:
         assert str(error)

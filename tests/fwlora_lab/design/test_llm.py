@@ -186,8 +186,9 @@ def test_a_contradiction_of_the_source_is_not_the_answers(run):
     assert code == 0 and "warning: model size" in told and "warning: left out" in told
 
 
-def test_a_contradiction_between_defaults_that_an_answer_causes_is_the_answers(run):
-    source = {**DESIGN, "hypothesis": None, "settings": {"batch_size": 128}}  # three epochs leave 1,081 steps after K
+def test_a_contradiction_that_an_answer_causes_is_the_answers(run):
+    # three epochs leave 1,081 steps after K
+    source = {**DESIGN, "hypothesis": None, "settings": {"batch_size": 128, "fw_lora.warmup_steps": 500}}
     code, told, _ = run(source, {"settings": {"epochs": 1}})
     assert code == 2 and "K = 500 leaves 27 steps of the 527 of sst2" in told
 

@@ -15,7 +15,8 @@ from fwlora_lab.text import one_line
 
 ContradictionKind = Literal[
     "K against steps", "left out", "method", "model size", "one split", "range", "rank against budget", "search space",
-    "target modules", "two values", "unequal tuning", "unsupported",
+    "target modules", "two values", "unequal tuning", "unknown method",
+    "unsupported",
 ]  # fmt: skip
 
 

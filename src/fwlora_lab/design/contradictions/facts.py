@@ -5,13 +5,12 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Iterator
-from typing import Any
 
 from fwlora_lab.catalog.encoders import ROLES
 from fwlora_lab.catalog.tasks import TASKS
 from fwlora_lab.design.contradictions.contradiction import Contradiction, locate_number, origin, task_name
 from fwlora_lab.design.draft import BUDGET, RunDraft
-from fwlora_lab.design.names import label
+from fwlora_lab.design.names import label, unknown_text
 from fwlora_lab.design.plan import DesignPlan
 from fwlora_lab.design.prose import Quote, tasks_in_prose
 from fwlora_lab.design.request import Place
@@ -19,7 +18,19 @@ from fwlora_lab.design.resolve import WARMUP_OF_LEARNING_RATE
 from fwlora_lab.text import did_you_mean
 
 _RANK = "model.lora.rank"
+_WARMUP = "fw_lora.warmup_steps"
 _TARGETS = "model.lora.target_modules"
+
+
+def unknown_methods(plan: DesignPlan) -> Iterator[Contradiction]:
+    """Methods that are not known here, whose runs are left out."""
+    for method in plan.resolved.unknown_methods:
+        known = Place("known methods: those of this package and of the modules in FWLORA_EXTENSIONS (CONTRIBUTING.md)")
+        yield Contradiction(
+            "unknown method",
+            unknown_text(method.name),
+            (plan.request.locate(method.source_location, method.name), known),
+        )
 
 
 def runs(plan: DesignPlan) -> Iterator[Contradiction]:
@@ -134,6 +145,8 @@ def steps_after_warmup(plan: DesignPlan) -> Iterator[Contradiction]:
         task = TASKS.get(task_name(draft))
         if draft.method_name != "fw_lora" or task is None or task.train_examples is None:
             continue
+        if not draft.values[_WARMUP].source_location and _WARMUP not in draft.search:
+            continue  # our own default, which fits the run
         others = [name for name in TASKS if name in in_prose and name != task.name]
         for name in [task.name, *others]:
             examples = TASKS[name].train_examples
@@ -145,13 +158,9 @@ def _steps_on(
     plan: DesignPlan, draft: RunDraft, task: str, examples: int, in_prose: Quote | None
 ) -> Iterator[Contradiction]:
     """The usual setting, and the worst of those that are searched, on one task."""
-    limit, carved = draft.get("dataset.train_examples"), draft.get("dataset.validation_fraction")
-    if isinstance(carved, int | float):
-        examples = round(examples * (1 - carved))
-    if isinstance(limit, int):
-        examples = min(examples, limit)
-    keys = "fw_lora.warmup_steps", "training.batch_size", "training.epochs"
-    warmups, batches, epochs = ([draft.get(key), *_searched_ends(draft, key)] for key in keys)
+    examples = draft.trained_examples(examples)
+    keys = _WARMUP, "training.batch_size", "training.epochs"
+    warmups, batches, epochs = ([draft.get(key), *draft.searched_ends(key)] for key in keys)
     accumulation = draft.get("training.gradient_accumulation_steps")
     if not all(isinstance(v, int) and v > 0 for v in (*warmups, *batches, *epochs, accumulation)):
         return
@@ -175,7 +184,3 @@ def _steps_on(
             f"{n_epochs} epoch{'s' if n_epochs > 1 else ''})",
             (places[0], places[1]),
         )
-
-
-def _searched_ends(draft: RunDraft, key: str) -> list[Any]:
-    return draft.search[key].space.ends() if key in draft.search else []

@@ -7,6 +7,7 @@ from fwlora_lab.design.contradictions.contradiction import Contradiction, Contra
 from fwlora_lab.design.plan import DesignPlan
 
 _CHECKS = (
+    facts.unknown_methods,
     searches.ranges,
     facts.runs,
     facts.budgets,

@@ -190,12 +190,7 @@ def values_outside(plan: DesignPlan) -> Iterator[Contradiction]:
             value, dimension = draft.get(key), entry.space.dimension or {}
             if value is None or isinstance(value, list) or key not in draft.values:
                 continue
-            choices = dimension.get("choices")
-            try:
-                inside = value in choices if choices is not None else dimension["low"] <= value <= dimension["high"]
-            except TypeError:
-                continue  # of another type: refused when the config is checked
-            if not inside:
+            if not entry.space.holds(value):
                 yield Contradiction(
                     "range",
                     f"{entry.name} = {value} lies outside of its own search space",
