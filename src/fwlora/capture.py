@@ -10,9 +10,7 @@ pass whose gradients are zeroed, and a pass with the adapters disabled count for
 
 from __future__ import annotations
 
-import contextlib
-import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Protocol, cast
@@ -161,7 +159,7 @@ class HookCapture:
         if self._keeps_sums:
             self._say_what_sums_take("several processes are averaged" if several else "each step")
         self._handles: list[RemovableHandle] = [
-            t.layer.register_forward_hook(_ForwardHook(t.layer, partial(self._observe, i)), with_kwargs=True)
+            t.layer.register_forward_hook(ForwardHook(t.layer, partial(self._observe, i)), with_kwargs=True)
             for i, t in enumerate(targets)
         ]
         self._factor_handles: list[RemovableHandle] = []
@@ -203,7 +201,7 @@ class HookCapture:
         self._watch_factors()
 
     def measure(self, grad_scale: Tensor | None) -> Tensor:
-        if _autograd_task() != -1:
+        if autograd_task() != -1:
             raise RuntimeError(
                 "fwlora: optimizer.step() was called inside the backward pass (an optimizer in a gradient hook), when "
                 "the gradients of other layers are not known yet. Call it after loss.backward()."
@@ -246,7 +244,8 @@ class HookCapture:
         self._handles, self._factor_handles = [], []
         self.forget()
         if self._measured_before and self._instead is None and self._group is None:
-            self._say_which_targets_got_no_gradient()
+            never = [i for i in range(len(self._targets)) if i not in self._ever_accumulated]
+            unseen.say_no_gradient(self._names(never), len(self._targets))
 
     # What happens in a forward and in a backward pass
 
@@ -259,7 +258,7 @@ class HookCapture:
         if getattr(self._targets[index].layer, "disable_adapters", False):
             return None  # a reference pass, from which the adapters learn nothing
         x = cast(Tensor, args[0] if args else kwargs["x"])
-        with torch.no_grad(), _no_autocast(x.device):
+        with torch.no_grad(), no_autocast(x.device):
             kept = self._estimator.compress(x.detach(), self._step())
             if index in self._changed_inputs:
                 kept = kept.clone()
@@ -273,9 +272,9 @@ class HookCapture:
         if x is None:
             self._keep_a_copy_of_the_inputs(index)
             return
-        with _no_autocast(g.device):
+        with no_autocast(g.device):
             statistic = self._estimator.statistic(g, x, step)
-        task = _autograd_task()
+        task = autograd_task()
         if task not in self._passes:
             self._passes[task] = {}
             engine = cast(Any, torch.autograd.Variable)._execution_engine
@@ -295,9 +294,13 @@ class HookCapture:
         return None if self._sums[index] is None or not before else _any_nonzero(before)
 
     def _end(self, task: int) -> None:
-        """The pass has ended. What it has not accumulated into a known `.grad` counts only if `follow` says so."""
+        """The pass has ended. What it has not accumulated into a known `.grad` counts only if `follow` says so.
+
+        Where the layer still has the factors that are known, as after `torch.autograd.grad`, nothing of it is kept.
+        """
         for i, part in self._passes.pop(task, {}).items():
-            self._left.setdefault(i, []).append(part)
+            if self._is_split or not all(p.is_current for p in self._targets[i].pairs):
+                self._left.setdefault(i, []).append(part)
 
     def _take_what_is_left(self, index: int) -> None:
         for part in self._left.pop(index, []):
@@ -308,7 +311,7 @@ class HookCapture:
         """The pass has accumulated into a factor's `.grad`, after all its uses: its statistics belong to the step."""
         if self._spoiled or not self._is_observing():
             return
-        passed = self._passes.get(_autograd_task(), {})
+        passed = self._passes.get(autograd_task(), {})
         self._accumulated.update(i for i in indices if i in passed or not any(j in passed for j in indices))
         if not self._keeps_sums and not GradientState().sync_gradients:
             self._keeps_sums = True  # Accelerate and the Trainer say so: further micro-batches will follow
@@ -335,31 +338,17 @@ class HookCapture:
         """A second pass arrives, but of the first one only the norm was kept, to which nothing can be added."""
         self._spoiled = self._keeps_sums = True
         self._say_what_sums_take("micro-batches are accumulated")
-        _warn(
-            f"step {self._step()} is left out of the Fisher proxies, because only then it turned out that several "
-            "backward passes are accumulated"
-        )
+        unseen.say_late_accumulation(self._step())
 
     def _say_what_sums_take(self, why: str) -> None:
         if self._bytes > SMALL:
-            name = self._estimator.config.estimator
-            cure = (
-                "Fewer sketch_columns need less" if name == "sketch" else "estimator='sketch' needs a small part of it"
-            )
-            _warn(
-                f"{why}, so that estimator={name!r} keeps a statistic of every matrix until optimizer.step: "
-                f"{self._bytes / 2**30:.2f} GiB for {len(self._targets)} matrices. {cure}"
-            )
+            unseen.say_what_sums_take(why, self._estimator.config.estimator, self._bytes, len(self._targets))
 
     def _keep_a_copy_of_the_inputs(self, index: int) -> None:
         self._spoiled = True
         if index not in self._changed_inputs:
             self._changed_inputs.add(index)
-            _warn(
-                f"the input of {self._targets[index].name!r} is changed in place after the layer: step {self._step()} "
-                "is left out of the Fisher proxies, and from now on a copy of the input is kept. estimator='sketch' "
-                "needs neither"
-            )
+            unseen.say_changed_input(self._targets[index].name, self._step())
 
     def _look_for_missed_targets(self) -> None:
         """Targets whose factors got a gradient in this step, while their forward and backward pass was not seen."""
@@ -376,38 +365,21 @@ class HookCapture:
             missed = cast(list[int], flags.nonzero().flatten().tolist())
         if not missed:
             return
-        cause = (
-            f"the adapters of {len(missed)} of {len(self._targets)} layers get a gradient while the layer itself is "
-            f"not called ({self._names(missed)}): by a fused kernel, a direct call of layer.forward, or code that was "
-            "compiled before fwlora.attach"
-        )
+        cause = unseen.bypass(self._names(missed), len(self._targets))
         if self._measured_before:
             self._spoiled = True
             if not self._warned_of_missed:
-                _warn(f"{cause}. Such steps (the first is {self._step()}) are left out of the Fisher proxies")
+                unseen.say_bypassed_later(cause, self._step())
             self._warned_of_missed = True
             return
         if any(t.pairs and not t.pairs[0].b.requires_grad for t in self._targets):
             raise RuntimeError(f"fwlora: {cause}. Turn that off, so that the layers are called.")
-        _warn(
-            f"{cause}. F is estimated from LoRA's own gradients instead, for all matrices alike (estimator='adapter', "
-            f"a rough ranking). Turn that off to measure estimator={self._estimator.config.estimator!r}"
-        )
+        unseen.say_bypassed(cause, self._estimator.config.estimator)
         self._instead = AdapterCapture(self._trained, self._penalty)
         self.remove()
 
-    def _say_which_targets_got_no_gradient(self) -> None:
-        never = [i for i in range(len(self._targets)) if i not in self._ever_accumulated]
-        if 0 < len(never) < len(self._targets):
-            _warn(
-                f"the adapters of {len(never)} of {len(self._targets)} layers got no gradient at any observed step "
-                f"({self._names(never)}): their F is 0. Either no batch used them, as experts that no token was routed "
-                "to, or the model reads the layer's weight without calling the layer. LoRA has no effect then: leave "
-                "them out of target_modules"
-            )
-
-    def _names(self, indices: list[int]) -> str:
-        return ", ".join(repr(self._targets[i].name) for i in indices[:5]) + (", …" if len(indices) > 5 else "")
+    def _names(self, indices: Iterable[int]) -> list[str]:
+        return [self._targets[i].name for i in indices]
 
     # The statistics of the step
 
@@ -470,80 +442,3 @@ def _reached(targets: list[Target], device: torch.device) -> Tensor:
         return nonzero.view(-1, 2).any(1)
     parts = cast(tuple[Tensor, ...], nonzero.split([len(fs) for fs in factors]))
     return torch.stack([part.any() for part in parts])
-
-
-def _warn(text: str) -> None:
-    warnings.warn(f"fwlora: {text}.", stacklevel=2)
-
-
-def _autograd_task() -> int:
-    """The number of the backward pass under way (an inner one in reentrant checkpointing), -1 if there is none."""
-    return torch._C._current_graph_task_id()
-
-
-def _no_autocast(device: torch.device) -> contextlib.AbstractContextManager[Any]:
-    """Statistics are products of gradients: in a region of autocast they would be computed in fp16 and overflow."""
-    if torch.amp.is_autocast_available(device.type):
-        return torch.autocast(device.type, enabled=False)
-    return contextlib.nullcontext()
-
-
-class _ForwardHook:
-    """Calls `observe` when `layer` is called, and does nothing on copies of it (EMA models, DPO's reference model).
-
-    A copy of this object, by `copy.deepcopy` or pickle, is a function that observes nothing.
-    """
-
-    def __init__(self, layer: nn.Module, observe: Callable[[tuple[Any, ...], dict[str, Any], Any], Any]) -> None:
-        self._layer = layer
-        self._call_observe = observe
-
-    def __call__(self, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
-        return self._call_observe(args, kwargs, output) if layer is self._layer else None
-
-    def __reduce__(self) -> tuple[Callable[[], Any], tuple[()]]:
-        return _hook_of_a_copy, ()
-
-
-def _hook_of_a_copy() -> Callable[..., None]:
-    return _observe_nothing
-
-
-def _observe_nothing(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-    pass
-
-
-class _Capture(torch.autograd.Function):
-    """Identity on y, which also calls back in the backward pass.
-
-    The output is an alias of y that autograd does not take for a view: code after the layer may change it in place,
-    as it may change y, and G is then the gradient with respect to the value before the change.
-
-    x goes through `save_for_backward`, so that gradient checkpointing frees and recomputes it like any other
-    activation. If the checkpointed forward pass runs without gradients, this node is part of the recomputed graph.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, y: Tensor, x: Tensor, on_backward: Callable[[Tensor, Tensor | None], None]) -> Tensor:
-        ctx.save_for_backward(x)
-        ctx.on_backward = on_backward
-        # Shares x's counter of changes in place, and no memory.
-        ctx.changes = x.detach()
-        ctx.changes.data = torch.empty(0, dtype=x.dtype, device=x.device)
-        ctx.changes_before = ctx.changes._version
-        return y.detach()
-
-    @staticmethod
-    def backward(ctx: Any, *grad_outputs: Any) -> Any:
-        unchanged = ctx.changes._version == ctx.changes_before
-        with torch.no_grad():
-            ctx.on_backward(grad_outputs[0].detach(), ctx.saved_tensors[0] if unchanged else None)
-        return grad_outputs[0], None, None
-
-
-def capture(y: Tensor, x: Tensor, on_backward: Callable[[Tensor, Tensor | None], None]) -> Tensor:
-    """y, such that the backward pass calls `on_backward(∂L/∂y, x)`: a layer's G and X without a weight gradient.
-
-    x is None there if it was changed in place in between.
-    """
-    return cast(Tensor, _Capture.apply(y, x.detach(), on_backward))

@@ -112,6 +112,15 @@ def check(
     return handle
 
 
+def hooks_on(
+    model: Any, estimator: fwlora.HookedEstimator, dtype: torch.dtype = torch.float64, group: Any = None
+) -> capture.HookCapture:
+    """The capture alone, at an observed step."""
+    handle: Any = fwlora.attach(model, torch.optim.SGD(trainable(model), lr=0.0), config("adapter"))
+    arguments: Any = dict(dtype=dtype, step=lambda: 0, is_observing=lambda: True, scaler=None, group=group)
+    return capture.HookCapture(handle._trained, handle._penalty, estimator, **arguments)
+
+
 def backward(model: Any, *data: tuple[Tensor, Tensor]) -> None:
     for batch in data:
         loss_of(model, batch).backward()
@@ -684,17 +693,7 @@ def test_an_estimator_that_does_not_reduce_keeps_its_statistics(norms_only: None
 
     model = lora_net()
     twin = unfrozen(model)
-    optimizer = torch.optim.SGD(trainable(model), lr=0.0)
-    targets = fwlora.attach(model, optimizer, config()).targets
-    hooks = capture.HookCapture(
-        targets,
-        Largest(config()),
-        dtype=torch.float64,
-        step=lambda: 0,
-        is_observing=lambda: True,
-        scaler=None,
-        group=None,
-    )
+    hooks = hooks_on(model, Largest(config()))
     for m in (model, twin):
         backward(m, *batches(2))
     want = [float(layer.base_layer.weight.grad.abs().max()) for layer in layers(twin).values()]
@@ -704,16 +703,14 @@ def test_an_estimator_that_does_not_reduce_keeps_its_statistics(norms_only: None
 def test_the_memory_of_dense_statistics_is_said_before_it_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(capture, "SMALL", 100)
     model = lora_net()
-    targets = fwlora.attach(model, torch.optim.SGD(trainable(model), lr=0.0), config()).targets
     gib = 8 * (D_IN * HIDDEN + HIDDEN * HIDDEN) / 2**30
-    arguments: Any = dict(dtype=torch.float64, step=lambda: 0, is_observing=lambda: True, scaler=None, group=object())
     with pytest.warns(UserWarning, match=f"several processes.*estimator='exact'.*{gib:.2f} GiB for 2 matrices.*sketch"):
-        capture.HookCapture(targets, estimators.ExactEstimator(config()), **arguments).remove()
+        hooks_on(model, estimators.ExactEstimator(config()), group=object()).remove()
     monkeypatch.setattr(capture, "SMALL", 1000)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         sketch = estimators.SketchEstimator(config("sketch", sketch_columns=4))
-        capture.HookCapture(targets, sketch, **arguments).remove()
+        hooks_on(model, sketch, group=object()).remove()
     assert sketch.bytes(HIDDEN, D_IN, torch.float32) == 4 * 4 * HIDDEN
 
 
