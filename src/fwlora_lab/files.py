@@ -30,8 +30,11 @@ def write_atomic(path: Path, content: str | bytes, advice: str = "") -> None:
     write_all_atomic({path: content}, advice)
 
 
-def write_all_atomic(files: Mapping[Path, str | bytes], advice: str = "") -> None:
+def write_all_atomic(files: Mapping[Path, str | bytes], advice: str = "", durable: bool = False) -> None:
     """Write several files; each is renamed into place only after all of them were written.
+
+    Args:
+        durable: wait until the disk has the contents, so that they also outlast a loss of power.
 
     Raises:
         UserError: as `write_atomic`; where the disk is full, all former files stay.
@@ -42,7 +45,11 @@ def write_all_atomic(files: Mapping[Path, str | bytes], advice: str = "") -> Non
     try:
         for path, data in encoded.items():
             path.parent.mkdir(parents=True, exist_ok=True)
-            temporary[path].write_bytes(data)
+            with temporary[path].open("wb") as file:
+                file.write(data)
+                if durable:
+                    file.flush()
+                    os.fsync(file.fileno())
         for path, half in temporary.items():
             half.replace(path)
     except (OSError, ValueError) as error:  # ValueError: a path with a NUL byte

@@ -1,7 +1,7 @@
 """The command line `fwlora`: finds the command and turns errors into messages and exit codes.
 
 User errors end in one message on standard error and exit code 2, never in a traceback. Exit code 1 says that runs
-failed, 130 that Ctrl-C stopped the work.
+failed, 130 that Ctrl-C stopped the work, 143 that SIGTERM did.
 """
 
 from __future__ import annotations
@@ -17,10 +17,12 @@ from fwlora_lab.cli.grammar import Command, UsageError, two_columns
 from fwlora_lab.config.former_names import FormerName
 from fwlora_lab.errors import UserError
 from fwlora_lab.text import did_you_mean
+from fwlora_lab.training.stop_signals import EXIT_TERMINATED, Terminated, sigterm_raises
 
 # In the order in which people meet them. Each is a module of this folder with a `COMMAND`; importing one is quick.
 COMMANDS = ("doctor", "demo", "show", "validate", "train", "search", "compare", "report", "generate", "bench")
 
+_STOPPED = "fwlora: stopped. What is done is kept; the same command goes on from there."
 _ABOUT = """\
 usage: fwlora COMMAND [ARGUMENT ...]
 
@@ -46,7 +48,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             stream.reconfigure(errors="replace")  # a terminal that cannot show a character gets a question mark
     # What libraries tell each other about their next versions is not for the reader of this screen.
     warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
-    with warnings.catch_warnings():
+    with sigterm_raises(), warnings.catch_warnings():
         warnings.simplefilter("default", FormerName)
         _show_former_names_plainly()
         return _run(words)
@@ -99,8 +101,11 @@ def _run(words: list[str]) -> int:
         )
         return 2
     except KeyboardInterrupt:
-        print("\nfwlora: stopped. Finished runs are kept; the same command goes on from there.", file=sys.stderr)
+        print(f"\n{_STOPPED}", file=sys.stderr)
         return 130
+    except Terminated:
+        print(_STOPPED, file=sys.stderr)
+        return EXIT_TERMINATED
     except BrokenPipeError:  # `fwlora ... | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0

@@ -26,11 +26,14 @@ _NOT_IN_FINGERPRINT = (
 # Keys that came after the first records, and the value that stands for what runs did before. With this value a key is
 # left out of the hash, so that those records stay valid. A new key of the schema is added here.
 _ADDED_LATER = {"training.engine": "peft"}
+# The same for keys that change no result: they are left out whatever their value.
+_ADDED_WITHOUT_EFFECT = ("training.checkpoint_minutes",)
 
 
 def in_fingerprint(key: str) -> bool:
     """Whether the leaf `key`, with dots, can change a run's result, unless the run ignores it."""
-    return not f"{key}.".startswith(tuple(f"{name}." for name in _NOT_IN_FINGERPRINT))
+    left_out = (*_NOT_IN_FINGERPRINT, *_ADDED_WITHOUT_EFFECT)
+    return not f"{key}.".startswith(tuple(f"{name}." for name in left_out))
 
 
 def fingerprint(cfg: RunConfig) -> str:
@@ -48,9 +51,9 @@ def fingerprint(cfg: RunConfig) -> str:
         set_key(data, key, None)
     set_key(data, "method", cfg.method_name)
     set_key(data, "model.lora.alpha", cfg.model.lora.scale)
-    for key, former in _ADDED_LATER.items():
-        if get_key(data, key) == former:
-            block, _, leaf = key.rpartition(".")
-            del get_key(data, block)[leaf]
+    unchanged = [key for key, former in _ADDED_LATER.items() if get_key(data, key) == former]
+    for key in (*unchanged, *_ADDED_WITHOUT_EFFECT):
+        block, _, leaf = key.rpartition(".")
+        del get_key(data, block)[leaf]
     text = json.dumps(with_stored_names(data), sort_keys=True, ensure_ascii=True, allow_nan=False)
     return hashlib.sha256(text.encode()).hexdigest()

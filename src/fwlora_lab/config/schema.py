@@ -151,7 +151,8 @@ class TrainingConfig(Block):
     `engine` trains a run in a lane of a shared backbone on packed batches, several runs at once (`lanes`), or with
     PEFT's layers, padded batches and one model a run (`peft`), as the public reference and where lanes do not know
     the architecture. `mixed_precision=bf16` computes the frozen encoder in bf16 where the device has instructions for
-    it, and in fp32 elsewhere; what is trained stays in fp32.
+    it, and in fp32 elsewhere; what is trained stays in fp32. `checkpoint_minutes` is the longest time between two
+    checkpoints, of which there is one after every epoch as well.
     """
 
     epochs: Annotated[int, Field(ge=1, le=100_000)] = 3
@@ -167,6 +168,7 @@ class TrainingConfig(Block):
     seed: Seed = 42
     evaluate_on: Literal["dev", "validation"] = "dev"
     save_adapter: bool = True
+    checkpoint_minutes: Annotated[float, Field(gt=0)] = 5.0
     engine: Literal["lanes", "peft"] = "lanes"
 
 

@@ -44,7 +44,7 @@ _KEYS = [
     key
     for key in LEAVES
     if (key.split(".")[0] in ("training", "fw_lora", "adalora") or key.startswith("model.lora."))
-    and key.rsplit(".", 1)[-1] not in ("enabled", "seed", "evaluate_on", "save_adapter", "engine")
+    and key.rsplit(".", 1)[-1] not in ("enabled", "seed", "evaluate_on", "save_adapter", "checkpoint_minutes", "engine")
     or key in ("dataset.max_length", "dataset.padding", "dataset.truncation")
 ]
 

@@ -6,6 +6,7 @@ results_dir/<run_id>/seed-<n>/
     metrics.json      the final metrics as one flat object
     predictions.npz   logits [n, classes] float32 and labels [n] of the last evaluation
     adapter/          the adapter and the head, as PEFT's `PeftModel.from_pretrained` reads them
+    checkpoints/      in place of all these, while the run is not over
 
 results_dir/study.json lists the runs that a study consists of, and its claims: a `StudyPlan`.
 """

@@ -122,6 +122,23 @@ class Times(RecordBlock):
     phases: dict[str, float]
 
 
+class Attempt(RecordBlock):
+    """One of the times that a run was begun or continued from a checkpoint.
+
+    An attempt that was killed counts up to its last checkpoint: what came after it was done again.
+
+    Attributes:
+        first_step: optimizer steps that were done before.
+        steps: optimizer steps of this attempt.
+    """
+
+    started: datetime
+    first_step: int
+    steps: int
+    train_seconds: float
+    eval_seconds: float
+
+
 class MatrixRow(RecordBlock):
     """One adapted matrix at the end of the run.
 
@@ -156,6 +173,8 @@ class Record(RecordBlock):
         evaluated_on: the split of the metrics, "dev" or "validation".
         primary_metric: the metric that methods are compared by.
         epochs: those that were finished, in their order.
+        attempts: the times that the run was begun or continued, whose seconds add up to those of `times`; `started`
+            is the first one's.
         steps: optimizer steps that were made, out of `total_steps`.
         peak_memory_bytes: of the process, or of the GPU.
     """
@@ -183,6 +202,7 @@ class Record(RecordBlock):
     parameters: Parameters | None = None
     epochs: list[Epoch] = []
     times: Times | None = None
+    attempts: list[Attempt] = []
     steps: int = 0
     total_steps: int
     examples_per_second: float | None = None

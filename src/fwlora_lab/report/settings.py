@@ -21,7 +21,7 @@ _ALWAYS_SHOWN = (
 )
 # Names, places and what the table's first columns say already.
 _NOT_A_SETTING = re.compile(
-    r"run_id|results_dir|method|optuna(\..*)?|training\.(seed|save_adapter)|model\.(name|parameter_budget_percent)"
+    r"run_id|results_dir|method|optuna(\..*)?|training\.(seed|save_adapter|checkpoint_minutes)|model\.(name|parameter_budget_percent)"
     r"|dataset\..*"
 )
 

@@ -23,6 +23,7 @@ _NOT_SEARCHED = (
     "training.seed",
     "training.evaluate_on",
     "training.save_adapter",
+    "training.checkpoint_minutes",
     "model.lora.enabled",
     *(f"dataset.{key}" for key in DatasetConfig.model_fields if key not in ("max_length", "padding", "truncation")),
 )

@@ -46,7 +46,8 @@ def run_study(plan: PlannedStudy, workers: int = 1, resources: ResourceCache | N
     Raises:
         UserError: a record with another config or other data is in the way, a worker died, a cell's trials all failed,
             or results cannot be written.
-        KeyboardInterrupt: finished runs are kept; the same call continues.
+        KeyboardInterrupt, Terminated: Ctrl-C or SIGTERM. Finished runs are kept, those in training leave checkpoints;
+            the same call goes on.
     """
     resources = resources or ResourceCache(pick_device())
     for cell in plan.cells:

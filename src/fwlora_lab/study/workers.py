@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import signal
 import threading
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
@@ -19,14 +20,16 @@ from fwlora_lab.training.jobs import RunSpec
 from fwlora_lab.training.launch import leave_with
 from fwlora_lab.training.resources import ResourceCache
 from fwlora_lab.training.scheduler import train_runs
+from fwlora_lab.training.stop_signals import Terminated
 
 
-@dataclass(frozen=True)
+@dataclass
 class Worker:
-    """What a worker process keeps from batch to batch: the queue for its events, and what it has loaded."""
+    """What a worker process keeps from batch to batch: the queue for events, what it loaded, and whether it ends."""
 
     events: Any  # a multiprocessing queue
     resources: ResourceCache
+    is_stopped: bool = False
 
 
 _worker: Worker | None = None  # set once in each worker process
@@ -36,6 +39,7 @@ def _start_worker(events: Any, threads: int, parent: int) -> None:
     import torch
 
     global _worker
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent hears Ctrl-C too, and passes it on as SIGTERM
     leave_with(parent)
     torch.set_num_threads(threads)
     _worker = Worker(events, ResourceCache(pick_device()))
@@ -44,7 +48,13 @@ def _start_worker(events: Any, threads: int, parent: int) -> None:
 def _train_in_worker(batch: Sequence[tuple[str, int]]) -> None:
     assert _worker is not None
     runs = [RunSpec(RunConfig.model_validate_json(config), seed) for config, seed in batch]
-    train_runs(runs, _worker.events.put, resources=_worker.resources)
+    if _worker.is_stopped:
+        raise Terminated  # the pool hands out one batch in advance
+    try:
+        train_runs(runs, _worker.events.put, resources=_worker.resources)
+    except Terminated:
+        _worker.is_stopped = True
+        raise
 
 
 def train_in_processes(batches: Sequence[Sequence[RunSpec]], workers: int, on_event: EventCallback) -> None:
@@ -52,6 +62,7 @@ def train_in_processes(batches: Sequence[Sequence[RunSpec]], workers: int, on_ev
 
     Raises:
         UserError: a worker process was killed, or a batch could not be trained.
+        KeyboardInterrupt, Terminated: Ctrl-C or SIGTERM. The workers have written checkpoints.
     """
     context = multiprocessing.get_context("spawn")
     events = context.Queue()
@@ -63,11 +74,16 @@ def train_in_processes(batches: Sequence[Sequence[RunSpec]], workers: int, on_ev
 
     forwarder = threading.Thread(target=forward_events, daemon=True)
     forwarder.start()
+    others = set(multiprocessing.active_children())
     pool = ProcessPoolExecutor(workers, context, _start_worker, (events, threads, os.getpid()))
     try:
         plain = [[(run.cfg.model_dump_json(), run.seed) for run in batch] for batch in batches]
         for future in as_completed([pool.submit(_train_in_worker, batch) for batch in plain]):
             future.result()
+    except (KeyboardInterrupt, Terminated):
+        for process in set(multiprocessing.active_children()) - others:
+            process.terminate()
+        raise
     except BrokenProcessPool as error:
         raise UserError(
             "a worker process was killed (out of memory?). Finished runs are kept; run the same command again to "

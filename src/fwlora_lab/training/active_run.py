@@ -18,7 +18,7 @@ from torch.nn import functional
 from fwlora_lab.data.metrics import score
 from fwlora_lab.models.adapter_state import AdapterState
 from fwlora_lab.models.methods import learning_rates
-from fwlora_lab.records.record import Epoch
+from fwlora_lab.records.record import Attempt, Epoch
 from fwlora_lab.training.events import SECONDS_BETWEEN_EVENTS, EventCallback, StepDone
 from fwlora_lab.training.jobs import Job
 
@@ -77,7 +77,7 @@ class ActiveRun:
     failure: why it ended early, if it did; stopped: the caller ended it.
     """
 
-    _COUNTED: ClassVar = ("started", "epoch", "position", "step", "epoch_loss", "examples", "tokens", "phase")
+    _COUNTED: ClassVar = ("epoch", "position", "step", "epoch_loss", "examples", "tokens", "phase")
 
     index: int
     job: Job
@@ -101,6 +101,8 @@ class ActiveRun:
         self.training, self.evaluating = Clock(self.device), Clock(self.device)
         self.learning_rate: Callable[[int], float] = learning_rates(self.job.cfg, self.job.total_steps)
         self.lengths = self.job.train.lengths()
+        self._earlier: list[Attempt] = []
+        self._since = self.started
         self._unread: list[Tensor] = []
         self._reported = time.monotonic()
         self.batches = self.job.epoch_batches(0)
@@ -172,23 +174,38 @@ class ActiveRun:
         self.epoch, self.position, self.epoch_loss = self.epoch + 1, 0, 0.0
         self.batches = self.job.epoch_batches(self.epoch)
 
+    def attempts(self) -> list[Attempt]:
+        """The times that the run was begun or continued, this one last."""
+        earlier = self._earlier
+        current = Attempt(
+            started=self._since,
+            first_step=sum(attempt.steps for attempt in earlier),
+            steps=self.step - sum(attempt.steps for attempt in earlier),
+            train_seconds=sum(self.training.state_dict().values()) - sum(a.train_seconds for a in earlier),
+            eval_seconds=sum(self.evaluating.state_dict().values()) - sum(a.eval_seconds for a in earlier),
+        )
+        return [*earlier, current]
+
     def state_dict(self) -> dict[str, Any]:
-        """The books, for a checkpoint. Waits for the device."""
+        """The books as numbers, texts and tensors, for a checkpoint. Waits for the device."""
         if self._unread:
             self._read_losses()
         return {
             **{name: getattr(self, name) for name in self._COUNTED},
             "epochs": [epoch.model_dump() for epoch in self.epochs],
-            "logits": None if self.logits is None else self.logits.copy(),
+            "logits": None if self.logits is None else torch.from_numpy(self.logits.copy()),
             "training_seconds": self.training.state_dict(),
             "evaluating_seconds": self.evaluating.state_dict(),
+            "attempts": [attempt.model_dump(mode="json") for attempt in self.attempts()],
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on where `state_dict` was taken."""
+        """Go on where `state_dict` was taken, as another attempt."""
         for name in self._COUNTED:
             setattr(self, name, state[name])
-        self.logits = state["logits"]
+        self.logits = None if state["logits"] is None else state["logits"].numpy().copy()
+        self._earlier = [Attempt.model_validate(attempt) for attempt in state["attempts"]]
+        self.started = self._earlier[0].started
         self.epochs = [Epoch(**epoch) for epoch in state["epochs"]]
         self.training.seconds = dict(state["training_seconds"])
         self.evaluating.seconds = dict(state["evaluating_seconds"])
@@ -201,5 +218,6 @@ class ActiveRun:
         for step, loss in enumerate(losses, start=self.step - len(losses) + 1):
             if not math.isfinite(loss):
                 raise Diverged(f"the training loss is {loss} at step {step}: training diverged. {DIVERGENCE_HINT}")
-        self.epoch_loss += sum(losses)
+        for loss in losses:  # one by one, so that the sum does not depend on how often it is read
+            self.epoch_loss += loss
         return sum(losses) / len(losses)

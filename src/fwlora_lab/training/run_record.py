@@ -104,6 +104,7 @@ def make_record(run: ActiveRun, fisher: Mapping[str, float] | None, failure: Fai
         eval_seconds=sum(run.evaluating.seconds.values()),
         phases=dict(phases),
     )
+    record.attempts = run.attempts()
     record.peak_memory_bytes = peak_memory(device)
     if seconds > 0:
         record.examples_per_second = run.examples / seconds

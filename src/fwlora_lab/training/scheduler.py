@@ -7,12 +7,16 @@ from __future__ import annotations
 
 import contextlib
 import enum
+import math
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
 
 from fwlora_lab.errors import UserError
 from fwlora_lab.records.folder import load_record
-from fwlora_lab.records.record import Record
+from fwlora_lab.records.record import Epoch, Record
 from fwlora_lab.training.active_run import ActiveRun
+from fwlora_lab.training.checkpoints import Checkpoints, remove_checkpoints
 from fwlora_lab.training.device import pick_device
 from fwlora_lab.training.engine import Engine
 from fwlora_lab.training.events import (
@@ -30,6 +34,9 @@ from fwlora_lab.training.lane_trainer import LaneTrainer, fits, lane_group, max_
 from fwlora_lab.training.peft_engine import PeftEngine
 from fwlora_lab.training.resources import ResourceCache
 from fwlora_lab.training.run_record import write_record
+from fwlora_lab.training.stop_signals import StopSignals, Terminated
+
+_SLOW_STEP_SECONDS = 2.0  # a signal does not wait for the end of a step that takes longer
 
 
 def train_runs(
@@ -53,7 +60,8 @@ def train_runs(
         UserError: before anything is trained where a config, the data or the model cannot be used,
             or a record with another config or data is in the way; later where the weights cannot
             be read or results cannot be written.
-        KeyboardInterrupt: the run in progress leaves nothing.
+        KeyboardInterrupt, Terminated: Ctrl-C or SIGTERM. The runs in progress leave checkpoints, from which the same
+            call goes on.
     """
     resources = resources or ResourceCache(pick_device())
     jobs = [resources.job(run) for run in runs]
@@ -102,7 +110,8 @@ def train_on_demand(
     Raises:
         UserError: no run of `capacity` can be trained as it is configured, the weights cannot be read or the results
             cannot be written.
-        KeyboardInterrupt: the runs in progress leave nothing.
+        KeyboardInterrupt, Terminated: Ctrl-C or SIGTERM. The runs in progress leave checkpoints, from which they go on
+            when they are drawn again.
     """
     resources = resources or ResourceCache(pick_device())
     largest: list[Job] = []
@@ -166,19 +175,43 @@ class Scheduler:
         self._on_event = on_event
         self._overwrite = overwrite
         self._noted: set[str] = set()
+        self._checkpoints = Checkpoints(resources.device, on_event)
+        self._before_step: dict[ActiveRun, dict[str, Any]] | None = None  # the runs' states, in a slow step
+        self._step_seconds = math.inf
 
     def train(self, engine: Engine, queue: Iterator[int | None], wait: bool) -> list[int]:
         """Train the queue's jobs on the engine, as many at once as it takes; a free place takes the next.
 
         The queue yields None where it has nothing for now. With `wait`, a job that another process is training is
-        waited for; without, it is returned.
+        waited for; without, it is returned. Ctrl-C and SIGTERM leave checkpoints.
         """
-        busy: list[int] = []
         runs: list[ActiveRun] = []
-        with contextlib.ExitStack() as everything:
-            while True:
-                while len(runs) < engine.capacity and (index := next(queue, None)) is not None:
-                    stack = everything.enter_context(contextlib.ExitStack())
+        with contextlib.ExitStack() as locks, StopSignals() as signals:
+            try:
+                return self._train(engine, queue, wait, runs, locks, signals)
+            except (KeyboardInterrupt, Terminated):
+                if not signals.is_hurried:
+                    states = self._before_step
+                    self._checkpoints.write(self._checkpoints.states(engine, runs) if states is None else states)
+                raise
+
+    def _train(
+        self,
+        engine: Engine,
+        queue: Iterator[int | None],
+        wait: bool,
+        runs: list[ActiveRun],
+        locks: contextlib.ExitStack,
+        signals: StopSignals,
+    ) -> list[int]:
+        """The same; `runs` are those in training at any time, whose folders are locked until `locks` closes."""
+        busy: list[int] = []
+        while True:
+            while len(runs) < engine.capacity:
+                with signals.held(bool(runs)):
+                    if (index := next(queue, None)) is None:
+                        break
+                    stack = locks.enter_context(contextlib.ExitStack())
                     claim = self._claim(index, stack, wait)
                     if claim is Claim.READY:
                         runs.append(self._start(engine, index, stack))
@@ -186,16 +219,29 @@ class Scheduler:
                     if claim is Claim.BUSY:
                         busy.append(index)
                     stack.close()
-                if not runs:
-                    return busy
-                training = [run for run in runs if run.failure is None]
-                if training:
-                    self._step(engine, training)
-                if ended := [run for run in runs if run.at_epoch_end]:
-                    self._evaluate(engine, ended)
-                for run in [run for run in runs if run.is_over]:
-                    runs.remove(run)
-                    self._finish(engine, run)
+            if not runs:
+                return busy
+            with signals.held():
+                if self._settle(engine, runs, signals):
+                    continue
+                self._step(engine, runs, signals)
+                self._settle(engine, runs, signals)
+            signals.check()
+
+    def _settle(self, engine: Engine, runs: list[ActiveRun], signals: StopSignals) -> bool:
+        """Close what is closed between two steps: epochs, checkpoints, runs; whether a run left its place."""
+        ended = [run for run in runs if run.at_epoch_end]
+        if ended:
+            self._evaluate(engine, ended, signals)
+        # A run that is alone and over leaves its record at once. Others need the checkpoint: if this process is killed
+        # between the first one's record and the second one's, the second must not train its last steps alone.
+        if self._checkpoints.are_due(runs) or (ended and not (len(runs) == 1 and runs[0].is_over)):
+            self._checkpoints.write(self._checkpoints.states(engine, runs))
+        over = [run for run in runs if run.is_over]
+        for run in over:
+            runs.remove(run)
+            self._finish(engine, run)
+        return bool(over)
 
     def _claim(self, index: int, stack: contextlib.ExitStack, wait: bool) -> Claim:
         """Lock the job's folder, for as long as `stack` is open; a run that is there is filed at once."""
@@ -204,6 +250,7 @@ class Scheduler:
             self._on_event(Note(*job.key, "another process is training this run: it is waited for at the end"))
             return Claim.BUSY
         if not self._overwrite and job.is_complete():
+            remove_checkpoints(job)  # of a call that was training it again
             self.records[index] = load_record(job.folder.path)
             self._on_event(RunFinished(*job.key, self.records[index], trained=False))
             return Claim.DONE
@@ -219,30 +266,42 @@ class Scheduler:
         run = ActiveRun(index, self.jobs[index], self._device, stack)
         try:
             engine.start(run)
+            self._checkpoints.restore(engine, run)
         except UserError:
             raise
         except Exception as error:
             run.failure = error
+        for epoch in run.epochs:  # for whoever listens now, who did not hear of them
+            self._report_epoch(run, epoch)
         return run
 
-    def _step(self, engine: Engine, runs: Sequence[ActiveRun]) -> None:
+    def _step(self, engine: Engine, runs: Sequence[ActiveRun], signals: StopSignals) -> None:
         """One optimizer step of every run, and their progress where it is time to report it."""
+        slow = self._step_seconds > _SLOW_STEP_SECONDS
+        if slow:
+            self._before_step = self._checkpoints.states(engine, runs)
+        started = time.monotonic()
         try:
-            engine.step(runs)
+            with signals.held(not slow):
+                engine.step(runs)
         except Exception as error:
             for run in runs:
                 run.failure = error
             return
+        finally:
+            self._step_seconds = time.monotonic() - started
+        self._before_step = None
         for run in runs:
             try:
                 run.report_progress(self._on_event, now=run.at_epoch_end)
             except RuntimeError as error:
                 run.failure = error
 
-    def _evaluate(self, engine: Engine, ended: Sequence[ActiveRun]) -> None:
+    def _evaluate(self, engine: Engine, ended: Sequence[ActiveRun], signals: StopSignals) -> None:
         """Close the epoch of the runs that ended one, all on the same evaluation examples."""
         try:
-            logits = engine.evaluate(ended)
+            with signals.held(False):  # it changes nothing, and can be done again
+                logits = engine.evaluate(ended)
         except Exception as error:
             for run in ended:
                 run.failure = error
@@ -253,10 +312,13 @@ class Scheduler:
             except Exception as error:
                 run.failure = error
                 continue
-            try:
-                self._on_event(Evaluated(*run.job.key, run.epoch, run.epochs[-1].metrics))
-            except StopRun:
-                run.stopped = True
+            self._report_epoch(run, run.epochs[-1])
+
+    def _report_epoch(self, run: ActiveRun, epoch: Epoch) -> None:
+        try:
+            self._on_event(Evaluated(*run.job.key, epoch.epoch, epoch.metrics))
+        except StopRun:
+            run.stopped = True
 
     def _finish(self, engine: Engine, run: ActiveRun) -> None:
         """Take the run out of the engine and write its record; a run that was stopped has none."""
@@ -265,6 +327,8 @@ class Scheduler:
             fisher = engine.finish(run)
         except RuntimeError as error:  # a lost GPU cannot be waited for
             run.failure = run.failure or error
-        if not run.stopped:
+        if run.stopped:
+            remove_checkpoints(run.job)
+        else:
             self.records[run.index] = write_record(run, fisher, self._on_event)
         run.resources.close()

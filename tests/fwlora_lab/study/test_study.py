@@ -10,6 +10,8 @@ import multiprocessing
 import os
 import queue
 import random
+import signal
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -480,3 +482,32 @@ def test_one_process_or_two_give_the_same_records(world):
             *(load_predictions(r / place)[0] for r in (world.results, other)), rtol=1e-4, atol=1e-5
         )
     assert json.loads((other / "study.json").read_text())["cells"]
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT], ids=["sigterm", "ctrl-c"])
+def test_a_signal_to_the_parent_lets_every_worker_write_its_checkpoints(world, number):
+    """Two cells of long runs in two processes; the signal reaches the parent alone."""
+    file = write_study(world)
+    command = [sys.executable, "-m", "fwlora_lab.cli", "compare", f"study={file}", f"results_dir={world.results}"]
+    process = subprocess.Popen(
+        [*command, "seeds=0..1", "training.epochs=3000", "workers=2"],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
+    )
+
+    def newest() -> list[int]:
+        return [
+            max(int(file.stem[5:]) for file in folder.glob("step-*.pt"))
+            for folder in sorted(world.results.glob("*/seed-*/checkpoints"))
+            if any(folder.glob("step-*.pt"))
+        ]
+
+    deadline = time.monotonic() + 120
+    while len(newest()) < 4 and time.monotonic() < deadline and process.poll() is None:
+        time.sleep(0.1)
+    process.send_signal(number)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == (143 if number == signal.SIGTERM else 130), err
+    assert len(newest()) == 4 and "Traceback" not in err

@@ -165,7 +165,7 @@ def test_what_is_there_is_not_trained_again(world, monkeypatch):
     assert [r.status for r in train_runs(plans)] == ["complete"] * 2
 
 
-def test_ctrl_c_leaves_nothing_and_gives_the_locks_back(world):
+def test_ctrl_c_leaves_checkpoints_and_gives_the_locks_back(world):
     def interrupt(event) -> None:
         if not isinstance(event, Note) and "Evaluated" in type(event).__name__:
             raise KeyboardInterrupt
@@ -173,7 +173,8 @@ def test_ctrl_c_leaves_nothing_and_gives_the_locks_back(world):
     plans = [RunSpec(lanes(world, "lora"), s) for s in (0, 1)]
     with pytest.raises(KeyboardInterrupt):
         train_runs(plans, interrupt)
-    assert not list(world.results.glob("lora/seed-*"))
+    assert not list(world.results.glob("lora/seed-*/record.json"))
+    assert len(list(world.results.glob("lora/seed-*/checkpoints/step-00000011.pt"))) == 2
     assert [r.status for r in train_runs(plans)] == ["complete"] * 2
 
 
