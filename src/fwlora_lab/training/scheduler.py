@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import enum
+import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
 
 from fwlora_lab.errors import UserError
@@ -166,6 +167,9 @@ class Scheduler:
         self._on_event = on_event
         self._overwrite = overwrite
         self._noted: set[str] = set()
+        self._measurement = (
+            uuid.uuid4().hex
+        )  # one for all: they share lanes, or follow each other among the same others
 
     def train(self, engine: Engine, queue: Iterator[int | None], wait: bool) -> list[int]:
         """Train the queue's jobs on the engine, as many at once as it takes; a free place takes the next.
@@ -216,7 +220,7 @@ class Scheduler:
         return Claim.READY
 
     def _start(self, engine: Engine, index: int, stack: contextlib.ExitStack) -> ActiveRun:
-        run = ActiveRun(index, self.jobs[index], self._device, stack)
+        run = ActiveRun(index, self.jobs[index], self._device, stack, self._measurement)
         try:
             engine.start(run)
         except UserError:
