@@ -29,15 +29,15 @@ class Decision:
     level: float
 
 
-def decide(samples: Sequence[np.ndarray], regions: Sequence[Region], alpha: float = 0.05) -> list[Decision]:
+def decide(samples: Sequence[np.ndarray | None], regions: Sequence[Region], alpha: float = 0.05) -> list[Decision]:
     """Decide for the mean of each of `samples` [n] whether it is in its region, as one family.
 
     A claim's p-value is twice the one-sided p of its weaker border ("holds") or of its better crossed one ("fails"):
     p < α exactly if the t interval of level 1 − α is inside or outside. Holm's method takes the claims in the order of
     their p-values, the k-th of K at α/(K − k + 1), and stops at the first that is not decided. A sample without a test
-    is a member of the family.
+    (None, or one without a spread) is a member of the family.
     """
-    tests = [None if undefined_reason(v) else _test(v, r) for v, r in zip(samples, regions, strict=True)]
+    tests = [None if v is None or undefined_reason(v) else _test(v, r) for v, r in zip(samples, regions, strict=True)]
     adjusted = statistics.holm([None if test is None else test[0] for test in tests])
     order = sorted((test[0], i) for i, test in enumerate(tests) if test is not None)
     size = len(samples)

@@ -9,11 +9,15 @@ from pathlib import Path
 import numpy as np
 
 from fwlora.config import warmup_in_steps
+from fwlora_lab.analysis.measurements import Measurements, measurements_of
 from fwlora_lab.analysis.resampling import Predictions, can_be_resampled
 from fwlora_lab.analysis.statistics import Scores
 from fwlora_lab.errors import UserError
 from fwlora_lab.records.folder import RunFolder, load_predictions
 from fwlora_lab.records.record import Record
+
+# The seconds of a run by their kind, beside its task's metrics: see `group_scores`.
+SECONDS_METRICS = ("train_seconds", "steady_seconds", "eval_seconds", "steady_step_seconds", "fisher_step_seconds")
 
 
 @dataclass(frozen=True, eq=False)
@@ -24,11 +28,14 @@ class GroupScores:
         by_metric: `by_metric[metric][method][seed]`; seconds are among the metrics.
         predictions: of the primary metric; None if there are none that can be resampled.
         failed: by method, the seeds that failed and so have no score.
+        measurements: by method and seed, which measurement the seconds belong to; seeds that are missing have one of
+            their own each.
     """
 
     by_metric: Mapping[str, Scores]
     predictions: Predictions | None = None
     failed: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+    measurements: Measurements = field(default_factory=dict)
 
 
 def group_scores(runs: Mapping[str, Sequence[Record]], results_dir: str | Path | None = None) -> GroupScores:
@@ -56,7 +63,8 @@ def group_scores(runs: Mapping[str, Sequence[Record]], results_dir: str | Path |
     predictions = None
     if records and results_dir is not None:
         predictions = _predictions(records[0].primary_metric, complete, Path(results_dir))
-    return GroupScores(by_metric, predictions, {method: seeds for method, seeds in failed.items() if seeds})
+    failed = {method: seeds for method, seeds in failed.items() if seeds}
+    return GroupScores(by_metric, predictions, failed, measurements_of(complete))
 
 
 def _check_comparable(records: Sequence[Record]) -> None:

@@ -16,6 +16,7 @@ import numpy as np
 from scipy import special
 
 from fwlora_lab.analysis.intervals import Interval, undefined_reason
+from fwlora_lab.analysis.measurements import Measurements, cluster_means, too_few
 from fwlora_lab.analysis.resampling import Predictions, two_way
 
 Scores = Mapping[str, Mapping[int, float]]
@@ -99,8 +100,9 @@ class PairedRatio:
 
     Attributes:
         ratios: method / reference for each seed that both have.
-        mean: geometric mean; None without a pair.
-        interval: t interval of the logarithms' mean, as ratios.
+        measurements: how many of the ratios are independent: seeds that trained together share one measurement.
+        mean: geometric mean over measurements; None without a pair.
+        interval: t interval of the logarithms' mean over measurements, as ratios.
         p: two-sided p-value of the t-test of the logarithms.
         undefined_reason: why interval and p are None.
     """
@@ -108,6 +110,7 @@ class PairedRatio:
     method: str
     reference: str
     ratios: dict[int, float]
+    measurements: int
     mean: float | None
     interval: Interval | None
     p: float | None
@@ -293,10 +296,16 @@ def compare(
     )
 
 
-def ratio(seconds: Scores, method: str, reference: str, level: float = 0.95) -> PairedRatio:
+def ratio(
+    seconds: Scores, method: str, reference: str, level: float = 0.95, measurements: Measurements | None = None
+) -> PairedRatio:
     """Compare the seconds of a method with those of the reference by paired ratios.
 
-    Mean and interval are computed of log(method / reference) and transformed back.
+    Mean and interval are computed of log(method / reference), averaged within each independent measurement, and
+    transformed back.
+
+    Args:
+        measurements: which measurement the seconds of a method's seed belong to; None if each seed has its own.
 
     Raises:
         ValueError: some seconds are not positive.
@@ -304,16 +313,15 @@ def ratio(seconds: Scores, method: str, reference: str, level: float = 0.95) -> 
     seeds, a, b = paired(seconds, method, reference)
     if (a <= 0).any() or (b <= 0).any():
         raise ValueError(f"seconds of {method} and {reference} must be positive to be divided")
-    logs = np.log(a / b)
+    logs = cluster_means(seeds, np.log(a / b), (method, reference), measurements or {})
     ratios = dict(zip(seeds, (a / b).tolist(), strict=True))
     mean = float(np.exp(logs.mean())) if seeds else None
-    reason = undefined_reason(logs)
+    reason = too_few(len(logs), len(seeds)) or undefined_reason(logs)
     if reason:
-        return PairedRatio(method, reference, ratios, mean, None, None, reason)
+        return PairedRatio(method, reference, ratios, len(logs), mean, None, None, reason)
     low, high, _ = t_interval(logs, level)
-    return PairedRatio(
-        method, reference, ratios, mean, Interval(math.exp(low), math.exp(high), level), t_test(logs), None
-    )
+    interval = Interval(math.exp(low), math.exp(high), level)
+    return PairedRatio(method, reference, ratios, len(logs), mean, interval, t_test(logs), None)
 
 
 def _summary(scores: Mapping[int, float], level: float) -> Summary:

@@ -8,13 +8,15 @@ from __future__ import annotations
 
 import json
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 
 import numpy as np
 
 from fwlora_lab.analysis import claims, statistics, verdicts
+from fwlora_lab.analysis.doubts import comparison_doubts, settings_doubt
 from fwlora_lab.analysis.group_scores import GroupScores, group_scores
+from fwlora_lab.analysis.measurements import overlapping
 from fwlora_lab.analysis.results import RunResult, StudyResults, percent
 from fwlora_lab.errors import UserError
 from fwlora_lab.records.record import Record
@@ -24,9 +26,6 @@ DRAWS = 10_000
 LEVEL = 0.95
 # The kinds of seconds that ratios are computed of.
 SECONDS = ("train_seconds", "fisher_step_seconds", "steady_step_seconds", "eval_seconds")
-# Two runs slowed each other if they trained at the same time for more than this part of the shorter one. Less is a
-# handover, in which one run was being written while the next one started.
-_OVERLAP = 0.05
 
 
 @dataclass(frozen=True)
@@ -110,7 +109,7 @@ def analyse(study: StudyResults) -> Analysis:
     """Analyse all runs that are complete.
 
     Raises:
-        UserError: a claim is not well formed or names a metric that no run recorded.
+        UserError: a claim is not well formed.
     """
     plan, notes = study.plan, list(study.notes)
     runs: dict[tuple[str, float], dict[str, list[RunResult]]] = {}
@@ -128,6 +127,7 @@ def analyse(study: StudyResults) -> Analysis:
         groups.append(_group(key, runs[key], scores[key], comparisons[key], adjusted_here, plan.reference))
     stated = claims.read_claims(plan.claims, "study.json: claims")
     judged = verdicts.judge(stated, scores, plan.command, np.random.default_rng(BOOTSTRAP_SEED), draws=DRAWS)
+    judged = [replace(verdict, doubts=_verdict_doubts(verdict.claim, runs, study)) for verdict in judged]
     notes += _doubts(study.complete_records)
     return Analysis(study, tuple(groups), tuple(judged), tuple(notes), seconds_doubt(study.complete_records))
 
@@ -183,7 +183,7 @@ def _group(
     cells = []
     for method, of_method in runs.items():
         kinds = [kind for kind in SECONDS if kind in scores.by_metric and method != reference]
-        ratios = {kind: statistics.ratio(scores.by_metric[kind], method, reference, LEVEL) for kind in kinds}
+        ratios = {kind: _ratio(scores, kind, method, reference) for kind in kinds}
         cell = Cell(
             task=task,
             budget=budget,
@@ -200,6 +200,27 @@ def _group(
     return Group(task, budget, metric, tuple(cells))
 
 
+def _verdict_doubts(
+    claim: claims.Claim, runs: Mapping[tuple[str, float], Mapping[str, Sequence[RunResult]]], study: StudyResults
+) -> tuple[str, ...]:
+    """Why the runs of a claim's two methods compare more than the methods."""
+    of_group = runs.get((claim.scope.task, claim.scope.budget), {})
+    if claim.reference is None:
+        return ()
+    names = (claim.method, claim.reference)
+    method, reference = ([r for run in of_group.get(name, ()) if (r := run.complete_record)] for name in names)
+    if not method or not reference:
+        return ()
+    found = comparison_doubts(method, reference, names)
+    if not claim.is_time and (doubt := settings_doubt(study.plan.selection, method, reference, names)):
+        found.append(doubt)
+    return tuple(found)
+
+
+def _ratio(scores: GroupScores, kind: str, method: str, reference: str) -> statistics.PairedRatio:
+    return statistics.ratio(scores.by_metric[kind], method, reference, LEVEL, scores.measurements)
+
+
 def seconds_doubt(records: Sequence[Record]) -> str:
     """Why the seconds of these runs do not measure one method against another; "" if nothing speaks against it.
 
@@ -208,7 +229,7 @@ def seconds_doubt(records: Sequence[Record]) -> str:
     """
     shared_lanes: set[tuple[str, int]] = set()
     shared_machine: set[tuple[str, int]] = set()
-    for a, b in _overlapping(records):
+    for a, b in overlapping(records):
         both = {(a.run_id, a.seed), (b.run_id, b.seed)}
         if a.engine == b.engine == "lanes":
             shared_lanes |= both if a.run_id != b.run_id else set()
@@ -227,19 +248,6 @@ def seconds_doubt(records: Sequence[Record]) -> str:
             "measured on a busy machine say little."
         )
     return " ".join(doubts)
-
-
-def _overlapping(records: Sequence[Record]) -> Iterator[tuple[Record, Record]]:
-    """Pairs of runs that trained on the same machine at the same time."""
-    ordered = sorted(records, key=lambda r: (r.started, r.run_id, r.seed))
-    for i, a in enumerate(ordered):
-        for b in ordered[i + 1 :]:
-            if b.started >= a.finished:
-                break
-            overlap = (min(a.finished, b.finished) - b.started).total_seconds()
-            shorter = min(r.finished - r.started for r in (a, b)).total_seconds()
-            if a.machine == b.machine and overlap > _OVERLAP * shorter:
-                yield a, b
 
 
 def _doubts(records: Sequence[Record]) -> list[str]:

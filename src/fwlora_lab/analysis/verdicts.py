@@ -4,6 +4,9 @@ A claim says that a quantity is in a region: a paired difference of metrics, a p
 own mean. The interval of the quantity over seeds decides: the claim holds if the interval is inside the region, fails
 if it is outside, and is undecided if it crosses the border or does not exist. All claims of a study are one family for
 Holm's method.
+
+Metrics count seeds. Seconds count independent measurements (`analysis.measurements`): the values of seeds that trained
+together are averaged first, as logarithms where they are ratios, and below three measurements nothing is decided.
 """
 
 from __future__ import annotations
@@ -11,7 +14,7 @@ from __future__ import annotations
 import math
 import shlex
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -20,9 +23,11 @@ from fwlora_lab.analysis.claims import Claim
 from fwlora_lab.analysis.decisions import Decision, Region, State, decide, state_of
 from fwlora_lab.analysis.group_scores import GroupScores
 from fwlora_lab.analysis.intervals import Interval, undefined_reason
+from fwlora_lab.analysis.measurements import cluster_means, too_few
 from fwlora_lab.analysis.resampling import TwoWayBootstrap, two_way
-from fwlora_lab.errors import UserError
+from fwlora_lab.text import did_you_mean
 
+ALONE = "timing=exclusive"  # the argument of `fwlora compare` that times each run alone
 FIRST_SEEDS = 10  # proposed if the records do not say yet how many seeds are needed
 
 
@@ -38,9 +43,12 @@ class Verdict:
         p: Holm's adjusted p-value of the decision.
         new_examples: the state for other evaluation examples as well; all else is for these examples.
         two_way_interval: over seeds and examples, at the level of `family_interval`; it decides `new_examples`.
-        seeds_needed: seeds that decide with 80 % power if the estimate is true; None also if the claim is decided.
+        seeds_needed: seeds, or for seconds independent measurements, that decide with 80 % power if the estimate is
+            true; None also if the claim is decided.
         command: the command line that trains those seeds.
         reason: for the state, in words.
+        measurements: how many independent measurements a verdict about seconds is from; None for other metrics.
+        doubts: what a reader should know beside the verdict, as sentences.
     """
 
     claim: Claim
@@ -55,6 +63,8 @@ class Verdict:
     seeds_needed: int | None
     command: str | None
     reason: str
+    measurements: int | None = None
+    doubts: tuple[str, ...] = ()
 
     @property
     def n(self) -> int:
@@ -63,12 +73,25 @@ class Verdict:
 
 @dataclass(frozen=True, eq=False)
 class _Sample:
-    """The values whose mean is a claim's θ, one for each seed, and its region; logarithms if θ is a ratio."""
+    """The values whose mean is a claim's θ, and its region; logarithms if θ is a ratio.
+
+    values: one for each seed; for seconds one for each independent measurement.
+    unknown_metric: a sentence about a metric that no run recorded; "" if it is known.
+    """
 
     claim: Claim
     scores: GroupScores
     seeds: tuple[int, ...]
     values: np.ndarray
+    unknown_metric: str = ""
+
+    @property
+    def untested(self) -> str | None:
+        """Why the values have no test; None if they have one."""
+        if self.claim.is_time and (few := too_few(len(self.values), len(self.seeds))):
+            return few
+        reason = undefined_reason(self.values)
+        return reason.replace("seeds are", "measurements are") if reason and self.claim.is_time else reason
 
     @property
     def region(self) -> Region:
@@ -98,18 +121,16 @@ def judge(
     """The verdict of every claim; all claims together are one family.
 
     With probability 1 − `alpha` or more no verdict is false. A claim without data stays a member of the family, so
-    that leaving out runs makes no verdict easier.
+    that leaving out runs makes no verdict easier. A claim about a metric that no run recorded cannot be judged: it is
+    undecided, and its reason says so.
 
     Args:
         groups: scores by task and budget.
         command: the command line that trains the study, without its seeds.
         draws: of the bootstrap over seeds and examples.
-
-    Raises:
-        UserError: the runs of a claim recorded other metrics than the claim's.
     """
     samples = [_sample(claim, groups.get((claim.scope.task, claim.scope.budget), GroupScores({}))) for claim in claims]
-    decisions = decide([s.values for s in samples], [s.region for s in samples], alpha)
+    decisions = decide([None if s.untested else s.values for s in samples], [s.region for s in samples], alpha)
     bootstraps: dict[tuple, TwoWayBootstrap | None] = {}
     verdicts = []
     for sample, decision in zip(samples, decisions, strict=True):
@@ -118,10 +139,11 @@ def judge(
         quantity = (claim.scope, claim.metric, claim.method, claim.reference)
         if quantity not in bootstraps:
             bootstraps[quantity] = _bootstrap(sample, rng, draws)
-        if undefined_reason(sample.values):
-            verdicts.append(_without_spread(sample, command))
+        if sample.untested:
+            verdict = _without_spread(sample, command)
         else:
-            verdicts.append(_decided(sample, decision, bootstraps[quantity], command, alpha))
+            verdict = _decided(sample, decision, bootstraps[quantity], command, alpha)
+        verdicts.append(replace(verdict, measurements=len(sample.values)) if claim.is_time else verdict)
     return verdicts
 
 
@@ -137,17 +159,23 @@ def _sample(claim: Claim, group: GroupScores) -> _Sample:
     if not group.by_metric:
         return _Sample(claim, group, (), np.array([]))
     if claim.metric not in group.by_metric:
-        raise UserError(
-            f"claims: no run on {claim.scope.task} at {claim.scope.budget:g} % recorded {claim.metric!r}; "
-            f"they recorded {', '.join(sorted(group.by_metric))}."
+        known = sorted(group.by_metric)
+        unknown = (
+            f"cannot be judged: no run on {claim.scope.task} at {claim.scope.budget:g} % recorded "
+            f"{claim.metric!r}{did_you_mean(claim.metric, known)}; they recorded {', '.join(known)}."
         )
+        return _Sample(claim, group, (), np.array([]), unknown)
     scores = group.by_metric[claim.metric]
     if claim.reference is None:
         by_seed = scores.get(claim.method, {})
         seeds = tuple(sorted(by_seed))
-        return _Sample(claim, group, seeds, np.array([by_seed[seed] for seed in seeds], dtype=float))
-    seeds, a, b = statistics.paired(scores, claim.method, claim.reference)
-    return _Sample(claim, group, seeds, np.log(a / b) if claim.is_ratio else a - b)
+        values = np.array([by_seed[seed] for seed in seeds], dtype=float)
+    else:
+        seeds, a, b = statistics.paired(scores, claim.method, claim.reference)
+        values = np.log(a / b) if claim.is_ratio else a - b
+    if claim.is_time:
+        values = cluster_means(seeds, values, _methods_of(claim), group.measurements)
+    return _Sample(claim, group, seeds, values)
 
 
 def _bootstrap(sample: _Sample, rng: np.random.Generator, draws: int) -> TwoWayBootstrap | None:
@@ -158,14 +186,22 @@ def _bootstrap(sample: _Sample, rng: np.random.Generator, draws: int) -> TwoWayB
 
 
 def _without_spread(sample: _Sample, command: str) -> Verdict:
-    """The verdict of too few or equal seeds."""
+    """The verdict of too few or equal seeds or measurements, or of none."""
     by_method = sample.scores.by_metric.get(sample.claim.metric, {})
     without_runs = [name for name in _methods_of(sample.claim) if not by_method.get(name)]
-    if without_runs:
-        reason = f"no finished run of {' and '.join(without_runs)}"
+    settled_by = None
+    if sample.unknown_metric:
+        reason = sample.unknown_metric
+    elif without_runs:
+        reason = f"no finished run of {' and '.join(without_runs)}."
     else:
-        reason = undefined_reason(sample.values) or ""
-    seeds = max(FIRST_SEEDS, 2 * len(sample.seeds))
+        reason = f"{sample.untested}."
+    if not sample.unknown_metric:
+        seeds = max(FIRST_SEEDS, 2 * len(sample.seeds))
+        settled_by = _with_seeds(_including(command, sample.claim), seeds, sample.seeds)
+        if sample.claim.is_time:
+            settled_by = _alone(settled_by)
+            reason += f" More seeds with {ALONE}, which times each run alone, are a measurement each."
     return Verdict(
         claim=sample.claim,
         state="undecided",
@@ -177,8 +213,8 @@ def _without_spread(sample: _Sample, command: str) -> Verdict:
         new_examples=None,
         two_way_interval=None,
         seeds_needed=None,
-        command=_with_seeds(_including(command, sample.claim), seeds, sample.seeds),
-        reason=f"{reason}.{_failed_seeds(sample)}",
+        command=settled_by,
+        reason=f"{reason}{_failed_seeds(sample)}",
     )
 
 
@@ -190,20 +226,26 @@ def _decided(
     two_way_interval = bootstrap.interval(decision.level) if bootstrap is not None else None
     new_examples = None if two_way_interval is None else state_of(two_way_interval, sample.region)
     interval_name = f"Holm's {100 * decision.level:.4g} % interval"
-    seeds_needed = None
+    counted = "independent measurements" if sample.claim.is_time else "seeds"
+    seeds_needed = settled_by = None
     if decision.state == "undecided":
         seeds_needed = _seeds_needed(sample, 1 - decision.level)
         if seeds_needed is None:
             reason = (
-                f"{interval_name} crosses the margin, and the estimate is so near to it that 1000 seeds may not do."
+                f"{interval_name} crosses the margin, and the estimate is so near to it that 1000 {counted} may not do."
             )
         else:
             reason = (
-                f"{interval_name} crosses the margin; with this estimate and spread about {seeds_needed} seeds "
+                f"{interval_name} crosses the margin; with this estimate and spread about {seeds_needed} {counted} "
                 "decide it."
             )
+            # Runs that are there count as they were timed; each new seed is timed alone.
+            more = seeds_needed - len(values) + len(sample.seeds)
+            settled_by = _with_seeds(command, more, sample.seeds)
+            if sample.claim.is_time:
+                settled_by = _alone(settled_by)
     else:
-        reason = f"{interval_name} over seeds is {'inside' if decision.state == 'holds' else 'outside'} the margin."
+        reason = f"{interval_name} over {counted} is {'inside' if decision.state == 'holds' else 'outside'} the margin."
     if new_examples is not None and new_examples != decision.state:
         reason += f" That is for these examples; for new ones it is {new_examples}."
     return Verdict(
@@ -217,13 +259,13 @@ def _decided(
         new_examples=new_examples,
         two_way_interval=two_way_interval,
         seeds_needed=seeds_needed,
-        command=None if seeds_needed is None else _with_seeds(command, seeds_needed, sample.seeds),
+        command=settled_by,
         reason=reason + _failed_seeds(sample),
     )
 
 
 def _seeds_needed(sample: _Sample, alpha: float) -> int | None:
-    """Seeds that decide an undecided claim, more than there are; None if 1000 may not be enough."""
+    """Seeds or measurements that decide an undecided claim, more than there are; None if 1000 may not be enough."""
     low, high = sample.region
     mean = float(sample.values.mean())
     distances = [abs(mean - bound) for bound in (low, high) if math.isfinite(bound)]
@@ -231,7 +273,7 @@ def _seeds_needed(sample: _Sample, alpha: float) -> int | None:
     if not low < mean < high:
         distances = [min(distances)]
     needed = statistics.seeds_needed(float(sample.values.std(ddof=1)), *distances, alpha=alpha)
-    return None if needed is None else max(needed, len(sample.seeds) + 1)
+    return None if needed is None else max(needed, len(sample.values) + 1)
 
 
 def _methods_of(claim: Claim) -> list[str]:
@@ -267,3 +309,8 @@ def _with_seeds(command: str, n: int, seeds: Sequence[int]) -> str:
     """The command with `n` seeds, those that exist among them."""
     first = min(seeds, default=0)
     return f"{command} seeds={first}..{max(first + n - 1, max(seeds, default=0))}"
+
+
+def _alone(command: str) -> str:
+    """The command, with each run timed alone."""
+    return command if ALONE in shlex.split(command) else f"{command} {ALONE}"

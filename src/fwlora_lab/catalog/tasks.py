@@ -108,6 +108,8 @@ class GlueTask(TaskInfo):
 GLUE_REPOSITORY = "nyu-mll/glue"  # on the Hugging Face hub
 GLUE_REVISION = "bcdcba79d07bc864c1c254ccfcedcce55bcc9a8c"
 
+FILE_METRICS = ("accuracy", "matthews_correlation")  # of CSV and JSONL files; the first is the primary one
+_FILE_SOURCES = ("csv", "jsonl")
 _FILES = "fwlora_lab.data.csv_jsonl:load_files"
 _FILE_KEYS = ("train_file", "eval_file", "text_column", "label_column")
 _GLUE = DataSource("glue", "fwlora_lab.data.glue:load_glue", ("subset", "root", "revision", "split", "eval_split"))
@@ -153,6 +155,15 @@ def source_of(name: str) -> DataSource | None:
 def tasks_of(source: DataSource) -> dict[str, TaskInfo]:
     """The tasks of a source, by name."""
     return {name: task for name, task in TASKS.items() if task.source == source}
+
+
+def metrics_of(source: str, subset: str | None) -> tuple[str, ...]:
+    """The metrics of the task that dataset.name and dataset.subset mean; () if only reading its data tells."""
+    load_extensions()
+    if source in _FILE_SOURCES:
+        return FILE_METRICS
+    task = TASKS.get(subset or source)
+    return () if task is None else task.spec.metrics
 
 
 def _glue(

@@ -16,6 +16,7 @@ STUDY_ARGUMENTS = (
     Argument("tasks", "a part of the study's tasks", "NAME[,NAME...]"),
     Argument("methods", "a part of the study's methods", "NAME[,NAME...]"),
     Argument("budgets", "percents of the encoder's parameters, in place of the study's", "X[,X...]"),
+    Argument("timing", "exclusive trains one run at a time, alone, which claims about seconds need", "TIMING"),
     Argument(
         "selection.policy",
         "how hyper-parameters are chosen: fixed (the configs' values) or tuned (equally many trials for every method)",
@@ -46,6 +47,7 @@ def _run(arguments: Arguments) -> int:
     from fwlora_lab.study.plan import parse_request, plan_study
 
     plan = plan_study(parse_request(study_words(arguments)))
+    plan.check_workers(workers)
     return _dry_run(plan) if arguments.switch("dry_run") else run_planned(plan, workers)
 
 

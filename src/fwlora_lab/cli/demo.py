@@ -8,7 +8,8 @@ from fwlora_lab.cli.grammar import WORKERS, Arguments, Command, cpu_cores
 
 def _run(arguments: Arguments) -> int:
     # On a few cores two processes of one thread do more than one of two.
-    workers = arguments.whole_number("workers", min(2, cpu_cores()))
+    alone = arguments.get("timing") == "exclusive"
+    workers = arguments.whole_number("workers", 1 if alone else min(2, cpu_cores()))
     from fwlora_lab.study.plan import parse_request, plan_study
 
     return run_planned(plan_study(parse_request(["study=demo", *study_words(arguments)])), workers)

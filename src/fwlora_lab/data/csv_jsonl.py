@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 import numpy as np
 
-from fwlora_lab.catalog.tasks import TaskSpec
+from fwlora_lab.catalog.tasks import FILE_METRICS, TaskSpec
 from fwlora_lab.data.task import Examples
 from fwlora_lab.data.text_files import column_of, read_text, refuse, refuse_file
 from fwlora_lab.errors import UserError
@@ -54,8 +54,8 @@ def load_files(cfg: DatasetConfig) -> tuple[TaskSpec, Examples, Examples, str]:
         kind="classification",
         labels=tuple(str(c) for c in classes),
         text_fields=1 if len(text) == 1 else 2,
-        metrics=("accuracy", "matthews_correlation"),
-        primary="accuracy",
+        metrics=FILE_METRICS,
+        primary=FILE_METRICS[0],
     )
     numbers = {value: i for i, value in enumerate(classes)}
     train, dev = (_examples(path, part, label, numbers) for path, part in zip(paths, rows, strict=True))

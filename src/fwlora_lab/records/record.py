@@ -104,8 +104,8 @@ class Epoch(RecordBlock):
 class Times(RecordBlock):
     """Seconds of a run.
 
-    In the lane engine they are the run's equal share of what all lanes took together: good for planning, but they do
-    not measure one method against another.
+    In the lane engine they are the run's equal share of what all lanes took together: `Record.measurement` says which
+    runs' seconds belong together.
 
     Attributes:
         train_seconds: training without evaluation; warmup_seconds + steady_seconds, and the sum of `phases`.
@@ -167,6 +167,9 @@ class Record(RecordBlock):
         error: why a failed run failed.
         command: the command line that trained the run.
         git_commit: of the source; ends in "-dirty" if tracked files were changed.
+        measurement: names the call of a process that timed the run. Runs that it trained together, in shared lanes or
+            one after another, have the same: their seconds are one measurement. None in records from before it was
+            written.
         config: the resolved run config.
         config_fingerprint: sha256 of what in the config changes the result (`config.fingerprint`).
         data_fingerprint: sha256 of the texts, labels and splits.
@@ -192,6 +195,7 @@ class Record(RecordBlock):
     versions: dict[str, str]
     git_commit: str | None
     machine: Machine
+    measurement: str | None = None
     config: dict[str, Any]
     config_fingerprint: str
     data_fingerprint: str

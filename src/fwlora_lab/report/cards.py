@@ -89,6 +89,8 @@ def _card(v: Verdict, seconds_doubt: str) -> Card:
             numbers[name.format(100 * interval.level)] = f"{ends} {unit}"
     if v.p is not None:
         numbers["p, Holm"] = p_value(v.p)
+    if v.measurements is not None and v.n:
+        numbers["independent measurements"] = str(v.measurements)
     numbers["seeds"] = f"{v.n} ({seeds_text(v.seeds).split(' ', 1)[1]})" if v.n else "none"
     return Card(v, numbers, _strip(v, factor, show), seconds_doubt)
 

@@ -128,9 +128,11 @@ def ratios_table(analysis: Analysis) -> Table:
         *CELL,
         Column("seconds_of", "seconds of", numeric=False),
         Column("pairs", "pairs"),
+        Column("measurements", "measurements"),
         Column("ratio", f"× {analysis.reference}"),
         *interval_columns("low", "high", "95 % interval"),
         Column("p", "p, paired t"),
+        Column("remark", "remark", numeric=False),
     )
     rows = [
         _ratio_row(cell, kind)
@@ -154,9 +156,11 @@ def _ratio_row(cell: Cell, kind: str) -> Row:
         **cell_entries(cell),
         "seconds_of": Entry(SECONDS_OF[kind], kind),
         "pairs": count_entry(found.n),
+        "measurements": count_entry(found.measurements),
         "ratio": Entry(ratio(found.mean), found.mean),
         **interval_entries("low", "high", found.interval, ratio),
         "p": Entry(p_value(found.p), found.p),
+        "remark": text_entry(found.undefined_reason or ""),
     }
 
 
@@ -283,9 +287,11 @@ _VERDICTS = (
     *interval_columns("holm_low", "holm_high", "holm low"),
     Column("p_holm", "p holm"),
     SEEDS,
+    Column("measurements", "measurements"),
     Column("seeds_needed", "seeds needed"),
     Column("for_new_examples", "for new examples", numeric=False),
     Column("reason", "reason", numeric=False),
+    Column("doubts", "doubts", numeric=False),
     Column("command", "command", numeric=False),
     Column("source", "source", numeric=False),
 )
@@ -317,9 +323,11 @@ def verdicts_table(analysis: Analysis) -> Table:
             "holm_high": holm_high,
             "p_holm": verdict.p,
             "seeds": verdict.n,
+            "measurements": verdict.measurements,
             "seeds_needed": verdict.seeds_needed,
             "for_new_examples": verdict.new_examples,
             "reason": verdict.reason,
+            "doubts": " ".join(verdict.doubts),
             "command": verdict.command,
             "source": claim.source,
         }

@@ -6,10 +6,14 @@ import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import cast, get_args
 
 from pydantic import ValidationError
 
 from fwlora_lab.analysis.claims import Claim, read_claims
+from fwlora_lab.analysis.group_scores import SECONDS_METRICS
+from fwlora_lab.catalog.tasks import metrics_of
+from fwlora_lab.config.checks import warnings_of
 from fwlora_lab.config.load import load_run
 from fwlora_lab.config.schema import RunConfig
 from fwlora_lab.config.tree import available_studies
@@ -18,11 +22,11 @@ from fwlora_lab.errors import UserError
 from fwlora_lab.records.study_plan import StudyCell, StudyPlan
 from fwlora_lab.search.spec import SearchSpec
 from fwlora_lab.seeds import parse_seeds
-from fwlora_lab.study.spec import Selection, StudySpec, load_study
+from fwlora_lab.study.spec import Selection, StudySpec, Timing, load_study
 from fwlora_lab.text import did_you_mean
 from fwlora_lab.training.jobs import RunSpec
 
-_ARGUMENTS = ("study", "seeds", "tasks", "methods", "budgets", "selection.policy", "selection.n_trials")
+_ARGUMENTS = ("study", "seeds", "tasks", "methods", "budgets", "timing", "selection.policy", "selection.n_trials")
 _SET_BY_THE_STUDY = ("run_id", "model.parameter_budget_percent", "training.evaluate_on")
 
 
@@ -34,6 +38,7 @@ class StudyRequest:
         study: a packaged study's name, or a .yaml file.
         seeds: training seeds such as `0..9` or `1,5`.
         tasks, methods, budgets: a part of the study's; budgets in percent of the backbone's parameters.
+        timing: the study's `timing`.
         policy, n_trials: the study's `selection.policy` and `selection.n_trials`.
         overrides: Hydra's overrides of every run's config, such as `training.epochs=1`.
     """
@@ -43,6 +48,7 @@ class StudyRequest:
     tasks: tuple[str, ...] | None = None
     methods: tuple[str, ...] | None = None
     budgets: tuple[float, ...] | None = None
+    timing: Timing | None = None
     policy: str | None = None
     n_trials: int | None = None
     overrides: tuple[str, ...] = ()
@@ -53,6 +59,7 @@ class StudyRequest:
             "tasks": ",".join(self.tasks or ()),
             "methods": ",".join(self.methods or ()),
             "budgets": ",".join(f"{b:g}" for b in self.budgets or ()),
+            "timing": self.timing or "",
             "selection.policy": self.policy or "",
             "selection.n_trials": str(self.n_trials or ""),
         }
@@ -83,6 +90,9 @@ def parse_request(arguments: Sequence[str]) -> StudyRequest:
     n_trials = chosen.get("selection.n_trials")
     if n_trials is not None and not (n_trials.isdecimal() and int(n_trials) > 0):
         raise UserError(f"selection.n_trials={n_trials}: must be a whole number from 1 on.")
+    timing = chosen.get("timing")
+    if timing is not None and timing not in get_args(Timing):
+        raise UserError(f"timing={timing}: must be {' or '.join(get_args(Timing))}.")
     policy = chosen.get("selection.policy")
     if policy not in (None, "fixed", "tuned"):
         raise UserError(f"selection.policy={policy}: must be fixed or tuned.")
@@ -92,6 +102,7 @@ def parse_request(arguments: Sequence[str]) -> StudyRequest:
         tasks=_names(chosen.get("tasks")),
         methods=_names(chosen.get("methods")),
         budgets=budgets,
+        timing=cast(Timing | None, timing),
         policy=policy,
         n_trials=int(n_trials) if n_trials else None,
         overrides=tuple(overrides),
@@ -138,6 +149,18 @@ class PlannedStudy:
     claims: tuple[Claim, ...]
     results_dir: Path
 
+    def check_workers(self, workers: int) -> None:
+        """Refuse several processes for runs that are timed alone.
+
+        Raises:
+            UserError: `timing` is exclusive and `workers` is more than one.
+        """
+        if self.study.timing == "exclusive" and workers > 1:
+            raise UserError(
+                f"timing=exclusive trains one run at a time, alone, and workers={workers} trains {workers} at once: "
+                "set workers=1, or timing=shared."
+            )
+
     def as_record(self) -> StudyPlan:
         """The plan as it is written to study.json."""
         methods = dict.fromkeys(cell.method for cell in self.cells)
@@ -164,7 +187,7 @@ def plan_study(request: StudyRequest) -> PlannedStudy:
         UserError: the study, a task, a method or a budget does not exist; a run's config is not valid; a claim is about
             something that the study does not have; or one of the seeds is used for tuning.
     """
-    study = _with_selection(load_study(request.study), request)
+    study = _as_requested(load_study(request.study), request)
     seeds = parse_seeds(request.seeds or study.seeds)
     if study.selection.policy == "tuned" and study.selection.seed in seeds:
         raise UserError(
@@ -187,17 +210,25 @@ def plan_study(request: StudyRequest) -> PlannedStudy:
     rows = load_study("request").claims if study.claims == "request" else study.claims
     claims = read_claims(rows, f"study {name}: claims")
     _check_claims(name, study, claims)
+    for claim in claims:
+        _check_metric(name, claim, cells)
     return PlannedStudy(request, study, tuple(cells), tuple(seeds), claims, Path(cells[0].cfg.results_dir))
 
 
-def _with_selection(study: StudySpec, request: StudyRequest) -> StudySpec:
+def validate_study(path: str) -> list[str]:
+    """Check a study's file and every run of it, and return their warnings; raises UserError as `plan_study`."""
+    plan = plan_study(StudyRequest(study=path))
+    return list(dict.fromkeys(warning for cell in plan.cells for warning in warnings_of(cell.cfg)))
+
+
+def _as_requested(study: StudySpec, request: StudyRequest) -> StudySpec:
     asked = {"policy": request.policy, "n_trials": request.n_trials}
     changes = {key: value for key, value in asked.items() if value is not None}
     try:
         selection = Selection.model_validate(study.selection.model_dump(exclude_none=True) | changes)
     except ValidationError as error:
         raise UserError(f"selection: {error.errors()[0]['msg'].removeprefix('Value error, ')}") from None
-    return study.model_copy(update={"selection": selection})
+    return study.model_copy(update={"selection": selection, "timing": request.timing or study.timing})
 
 
 def _check_claims(name: str, study: StudySpec, claims: Sequence[Claim]) -> None:
@@ -213,6 +244,21 @@ def _check_claims(name: str, study: StudySpec, claims: Sequence[Claim]) -> None:
                     f"study {name}: claims: {what} {value!r} is none of the study's{did_you_mean(value, known)}: "
                     f"{', '.join(known)}"
                 )
+
+
+def _check_metric(name: str, claim: Claim, cells: Sequence[PlannedCell]) -> None:
+    """Refuse a claim about a metric that no run of its task records.
+
+    It is known without reading data: every task of the catalog says its metrics, and CSV and JSONL files have the same.
+    """
+    for cell in cells:
+        of_task = metrics_of(cell.cfg.dataset.name, cell.cfg.dataset.subset)
+        known = (*of_task, *SECONDS_METRICS)
+        if cell.task == claim.scope.task and of_task and claim.metric not in known:
+            raise UserError(
+                f"study {name}: claims: no run on {claim.scope.task} records {claim.metric!r}"
+                f"{did_you_mean(claim.metric, known)}: claim one of {', '.join(known)}"
+            )
 
 
 def _chosen(what: str, asked: tuple[str, ...] | None, known: Mapping[str, object]) -> list[str]:

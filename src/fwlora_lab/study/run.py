@@ -3,7 +3,8 @@
 A study is the set of its records: it trains what is missing, keeps what is complete, and refuses what was made with
 another config or other data. Cells are trained a few seeds at a time, one method after the other. So the two runs of a
 pair are trained close together in time, and runs share the lane engine only with runs of their own method: their
-training times can be compared.
+training times can be compared, and the seeds of one turn are one measurement. With `timing: exclusive` every run trains
+alone, and each seed is a measurement.
 
 results_dir/
     study.json                        the plan, a `records.study_plan.StudyPlan`
@@ -40,7 +41,7 @@ def run_study(plan: PlannedStudy, workers: int = 1, resources: ResourceCache | N
     A run that fails is kept as failed and the others go on.
 
     Args:
-        workers: how many processes train at once.
+        workers: how many processes train at once; 1 for runs that are timed alone.
         resources: data, tokens and backbones that this process has loaded already.
 
     Raises:
@@ -49,6 +50,7 @@ def run_study(plan: PlannedStudy, workers: int = 1, resources: ResourceCache | N
         KeyboardInterrupt, Terminated: Ctrl-C or SIGTERM. Finished runs are kept, those in training leave checkpoints;
             the same call goes on.
     """
+    plan.check_workers(workers)
     resources = resources or ResourceCache(pick_device())
     for cell in plan.cells:
         resources.task(cell.cfg.dataset)  # faults in the data are reported before anything is written
@@ -56,7 +58,8 @@ def run_study(plan: PlannedStudy, workers: int = 1, resources: ResourceCache | N
     plan = replace(plan, cells=tuple(tune_cell(cell, resources, workers) for cell in plan.cells))
     inventory = take_inventory(plan.cells, plan.seeds, resources)
     inventory.refuse_conflicts()
-    batches = _batches_of_runs(plan, inventory, max_lanes())
+    exclusive = plan.study.timing == "exclusive"
+    batches = _single_runs(plan, inventory) if exclusive else _batches_of_runs(plan, inventory, max_lanes())
     names = {cell.cfg.run_id: cell.name for cell in plan.cells}
     table = StudyTable(names, plan.seeds, sum(len(batch) for batch in batches))
     for record in inventory.complete.values():
@@ -81,6 +84,20 @@ def _batches_of_runs(plan: PlannedStudy, inventory: Inventory, max_seeds: int) -
                 missing = inventory.missing(cell, plan.seeds[start : start + max_seeds])
                 if missing:
                     batches.append(cell.runs(missing))
+    return batches
+
+
+def _single_runs(plan: PlannedStudy, inventory: Inventory) -> list[list[RunSpec]]:
+    """What is missing, run by run: every method of a seed, in turn forwards and backwards.
+
+    With the order reversed for every other seed, a machine that gets slower or faster treats the methods alike.
+    """
+    batches = []
+    for group in dict.fromkeys((cell.task, cell.budget) for cell in plan.cells):
+        cells = [cell for cell in plan.cells if (cell.task, cell.budget) == group]
+        for place, seed in enumerate(plan.seeds):
+            ordered = cells if place % 2 == 0 else cells[::-1]
+            batches += [cell.runs([seed]) for cell in ordered if inventory.missing(cell, [seed])]
     return batches
 
 

@@ -15,6 +15,8 @@ from fwlora_lab.config.yaml_reader import read_file
 from fwlora_lab.errors import UserError
 from fwlora_lab.text import did_you_mean, listing
 
+Timing = Literal["shared", "exclusive"]
+
 
 class TaskPart(Block):
     """What makes the base run one on this task.
@@ -75,6 +77,8 @@ class StudySpec(Block):
         budgets: percent of the backbone's parameters.
         seeds: training seeds such as `0..9`.
         reference: the method that the others are compared with.
+        timing: `shared` trains a few seeds at a time, whose seconds are one measurement. `exclusive` trains one run at
+            a time, alone, so that the seconds of every seed are a measurement of their own; it takes longer.
         claims: what the report judges; `request` takes the claims of the written request.
     """
 
@@ -86,6 +90,7 @@ class StudySpec(Block):
     budgets: Annotated[list[Annotated[float, Field(gt=0, le=100)]], Field(min_length=1)]
     seeds: str
     reference: str
+    timing: Timing = "shared"
     selection: Selection = Selection()
     claims: Literal["request"] | list[dict[str, Any]] = []
 
@@ -123,6 +128,15 @@ def load_study(name: str) -> StudySpec:
             line = file.lines.get(issue.key)
             faults.append(f"{path}{f':{line}' if line else ''}: {issue.key + ': ' if issue.key else ''}{issue.text}")
         raise UserError(listing(faults)) from None
+
+
+def is_study(path: str) -> bool:
+    """Whether the YAML file at `path` describes a study and not a run; False for what cannot be read."""
+    try:
+        values = read_file(Path(path).expanduser(), "study", "about").values
+    except UserError:
+        return False
+    return {"tasks", "methods"} <= values.keys()
 
 
 def _keys() -> list[str]:

@@ -73,8 +73,9 @@ class Clock:
 class ActiveRun:
     """A run in training. `epoch` and `position` point at the next step's batch.
 
-    index: the run's number in the call; state: its adapters and head, there once an engine has started it;
-    failure: why it ended early, if it did; stopped: the caller ended it.
+    index: the run's number in the call; measurement: names the call, whose runs' seconds belong together; state: its
+    adapters and head, there once an engine has started it; failure: why it ended early, if it did; stopped: the caller
+    ended it.
     """
 
     _COUNTED: ClassVar = ("epoch", "position", "step", "epoch_loss", "examples", "tokens", "phase")
@@ -83,6 +84,7 @@ class ActiveRun:
     job: Job
     device: torch.device
     resources: contextlib.ExitStack
+    measurement: str | None = None
     state: AdapterState | None = None
     started: datetime = field(default_factory=lambda: datetime.now(UTC))
     epoch: int = 0

@@ -75,6 +75,7 @@ def make_record(run: ActiveRun, fisher: Mapping[str, float] | None, failure: Fai
             device=torch.cuda.get_device_name(device) if cuda else "cpu",
             precision="bf16" if in_bf16(job.cfg, device) else "fp32",
         ),
+        measurement=run.measurement,
         config=job.cfg.model_dump(mode="json"),
         config_fingerprint=fingerprint(job.cfg),
         data_fingerprint=job.data.fingerprint,

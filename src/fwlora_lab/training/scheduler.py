@@ -9,6 +9,7 @@ import contextlib
 import enum
 import math
 import time
+import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -178,6 +179,8 @@ class Scheduler:
         self._checkpoints = Checkpoints(resources.device, on_event)
         self._before_step: dict[ActiveRun, dict[str, Any]] | None = None  # the runs' states, in a slow step
         self._step_seconds = math.inf
+        # One for all: they share lanes, or follow each other among the same others.
+        self._measurement = uuid.uuid4().hex
 
     def train(self, engine: Engine, queue: Iterator[int | None], wait: bool) -> list[int]:
         """Train the queue's jobs on the engine, as many at once as it takes; a free place takes the next.
@@ -263,7 +266,7 @@ class Scheduler:
         return Claim.READY
 
     def _start(self, engine: Engine, index: int, stack: contextlib.ExitStack) -> ActiveRun:
-        run = ActiveRun(index, self.jobs[index], self._device, stack)
+        run = ActiveRun(index, self.jobs[index], self._device, stack, self._measurement)
         try:
             engine.start(run)
             self._checkpoints.restore(engine, run)

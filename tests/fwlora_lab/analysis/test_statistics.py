@@ -165,7 +165,9 @@ def test_ratio_is_the_geometric_mean():
     low, high = scipy.stats.t.interval(0.95, 7, loc=noise.mean(), scale=scipy.stats.sem(noise))
     assert found.interval == pytest.approx((math.exp(low), math.exp(high), 0.95)) and found.n == 8
     one = statistics.ratio(scores([2.0], [1.0]), "new", "old")
-    assert (one.mean, one.interval, one.p) == (2.0, None, None) and "one seed" in (one.undefined_reason or "")
+    assert (one.mean, one.interval, one.p) == (2.0, None, None) and "1 independent measurement" in (
+        one.undefined_reason or ""
+    )
     with pytest.raises(ValueError, match="must be positive"):
         statistics.ratio(scores([1.0, 0.0], [1.0, 1.0]), "new", "old")
 

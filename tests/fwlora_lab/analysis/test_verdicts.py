@@ -209,14 +209,20 @@ def test_nothing_pretends_to_know(new, old, why, seeds):
     assert found.command == f"fwlora compare study=offline seeds={seeds}"
 
 
-def test_what_was_not_run_is_undecided_and_a_metric_nobody_recorded_is_a_mistake():
+def test_what_was_not_run_is_undecided_and_a_metric_nobody_recorded_cannot_be_judged():
     (found,) = judge([claim()], {}, "fwlora compare study=offline", rng())
     assert found.state == "undecided" and found.estimate is None and "no finished run of new and old" in found.reason
     cell = GroupScores({"accuracy": {"old": {0: 0.7}}})
     (found,) = judge([claim()], {KEY: cell}, "fwlora compare study=offline", rng())
     assert found.reason == "no finished run of new."
-    with pytest.raises(UserError, match="recorded 'acuracy'; they recorded accuracy"):
-        judge([claim(metric="acuracy")], {KEY: cell}, "fwlora compare study=offline", rng())
+    cell = GroupScores({"accuracy": {"new": dict(enumerate(OLD + 0.02 + WOBBLE)), "old": dict(enumerate(OLD))}})
+    other, typo = judge([claim(), claim(metric="acuracy")], {KEY: cell}, "fwlora compare study=offline", rng())
+    assert (other.state, typo.state, typo.command, typo.estimate) == ("holds", "undecided", None, None)
+    assert typo.reason == (
+        "cannot be judged: no run on cola at 0.2 % recorded 'acuracy' (did you mean 'accuracy'?); "
+        "they recorded accuracy."
+    )
+    assert other.family_interval is not None and other.family_interval.level > 0.95, "it stays a member of the family"
 
 
 def test_what_a_selection_left_out_is_in_the_command_that_settles_it():

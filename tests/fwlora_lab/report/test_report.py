@@ -450,6 +450,49 @@ def test_lanes_shared_by_methods_are_no_clock_and_the_claim_about_time_says_so(t
     assert "Times not comparable" in (tmp_path / "report.md").read_text()
 
 
+def test_a_claim_that_cannot_be_judged_does_not_refuse_the_folder(tmp_path):
+    typo = claim("fw_lora", "greater", 0.0, metric="matthews_corelation")
+    fake_study.study(tmp_path, {"cola": {"lora": LORA, "fw_lora": FW}}, claims=[typo, claim("fw_lora", "at_most", 0.5)])
+    verdicts = {v.claim.metric: v for v in analyse(read_study(tmp_path)).verdicts}
+    assert verdicts["matthews_corelation"].state == "undecided" and verdicts["matthews_corelation"].command is None
+    page = page_of(tmp_path)
+    assert "Cannot be judged: no run on cola at 0.2 % recorded 'matthews_corelation'" in page.text
+    assert "did you mean 'matthews_correlation'" in page.text
+    assert verdicts["matthews_correlation"].state == "holds"
+
+
+def test_what_makes_a_comparison_unfair_stands_beside_its_verdict(tmp_path):
+    about = [claim("fw_lora", "at_most", 0.5), claim("adalora", "at_most", 0.5), claim("lora", "at_most", 1.0)]
+    about[2]["reference"] = None
+    plan = fake_study.study(tmp_path, {"cola": {"lora": LORA, "fw_lora": FW, "adalora": FW}}, claims=about)
+    for seed in range(len(FW)):
+        cfg = fake_study.config(tmp_path, "cola", "adalora")
+        made = fake_study.record(cfg, seed, FW[seed], 60 * (1 + 0.01 * seed))
+        assert made.parameters is not None
+        fewer = made.parameters.model_copy(update={"percent": 0.138})
+        fake_study.write(tmp_path, cfg, made.model_copy(update={"parameters": fewer}))
+
+    def doubts() -> dict[str, str]:
+        return {v.claim.method: " ".join(v.doubts) for v in analyse(read_study(tmp_path)).verdicts}
+
+    unequal = "Not at equal parameters: adalora ends with 0.14 % of the backbone's, lora with 0.20 %."
+    assert doubts() == {"fw_lora": "", "adalora": unequal, "lora": ""}
+    write_plan(tmp_path, plan.model_copy(update={"selection": {"policy": "fixed"}}))
+    fixed = (
+        "Settings were fixed (learning rate 0.002 for {}, 0.001 for lora), not tuned alike: another setting may "
+        "reverse the verdict."
+    )
+    assert doubts() == {
+        "fw_lora": fixed.format("fw_lora"),
+        "adalora": f"{unequal} {fixed.format('adalora')}",
+        "lora": "",
+    }
+    page = page_of(tmp_path)
+    assert page.text.count("Read with care: Settings were fixed") == 1
+    assert f"Read with care: {unequal}" in page.text
+    assert f"Read with care: {unequal}" in (tmp_path / "report.md").read_text()
+
+
 def test_the_headline_says_when_verdicts_about_time_have_no_fair_clock(full, analysis):
     assert sum(v.claim.is_ratio and v.state != "undecided" for v in analysis.verdicts) == 1
     assert "comparable" not in headline(analysis)

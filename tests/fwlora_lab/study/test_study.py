@@ -21,6 +21,7 @@ import pytest
 import yaml
 from tiny import World, make_data
 
+from fwlora_lab.analysis.measurements import clusters, measurements_of
 from fwlora_lab.cli.main import main
 from fwlora_lab.config.tree import available_studies
 from fwlora_lab.config.yaml_writer import to_yaml
@@ -213,6 +214,40 @@ def test_claims_about_what_the_study_lacks(world):
         plan(world, claims=[claim | {"reference": "lora", "scope": {"task": "cvs", "budget": 7.0}}])
 
 
+@pytest.mark.parametrize(
+    ("metric", "says"),
+    [
+        ("acuracy", "no run on csv records 'acuracy' (did you mean 'accuracy'?)"),
+        ("f1", "claim one of accuracy, matthews_correlation, train_seconds"),
+        ("trian_seconds", "did you mean 'train_seconds'"),
+    ],
+)
+def test_claims_about_metrics_that_no_run_records_are_refused_before_anything_trains(world, capsys, metric, says):
+    row = {"metric": metric, "method": "fw_lora", "reference": "lora", "relation": "greater", "margin": 0.5}
+    claims = [row | {"scope": {"task": "csv", "budget": 7.0}}]
+    study = write_study(world, claims=claims)
+    words = [f"study={study}", f"results_dir={world.results}"]
+    for command in (["compare", *words], ["compare", *words, "--dry-run"], ["validate", study]):
+        assert main(command) == 2
+        assert says in capsys.readouterr().err
+    assert not world.results.exists() or not list(world.results.iterdir())
+    write_study(world, claims=[claims[0] | {"metric": "steady_step_seconds"}])
+    assert main(["validate", study]) == 0
+    assert f"{study}: valid" in capsys.readouterr().out
+
+
+def test_runs_timed_alone_are_refused_in_several_processes(world, capsys):
+    study = write_study(world, timing="exclusive")
+    for more in (["workers=2"], ["workers=2", "--dry-run"]):
+        assert main(["compare", f"study={study}", f"results_dir={world.results}", *more]) == 2
+        assert "set workers=1, or timing=shared" in capsys.readouterr().err
+    assert main(["compare", f"study={study}", "timing=alone"]) == 2
+    assert "timing=alone: must be shared or exclusive" in capsys.readouterr().err
+    with pytest.raises(UserError, match="workers=1"):
+        run_study(plan(world, "timing=exclusive"), workers=2)
+    plan(world, "timing=shared", timing="exclusive").check_workers(2)
+
+
 # --- what it trains -----------------------------------------------------------------------------
 
 
@@ -249,6 +284,35 @@ def test_a_study_trains_what_is_missing_and_nothing_twice(world, monkeypatch):
     # Paired: the same head, the same order of the data.
     losses = [r.epochs[0].train_loss for r in records if r.seed == 1]
     assert losses[0] == pytest.approx(losses[1], rel=0.05) and losses[0] != records[2].epochs[0].train_loss
+
+
+def test_runs_timed_alone_train_one_at_a_time_in_alternating_order(world, monkeypatch):
+    """A real A/A study: one method under two names, each seed a measurement of its own."""
+    trained: list[list[tuple[str, int]]] = []
+
+    def noted(runs, on_event, **more):
+        trained.append([(run.cfg.run_id.rpartition("-")[2], run.seed) for run in runs])
+        return train_runs(runs, on_event, **more)
+
+    monkeypatch.setattr(studies, "train_runs", noted)
+    methods = {name: {"about": "the same", "set": ["method=lora", "training.epochs=1"]} for name in ("lora", "twin")}
+    words = {"timing": "exclusive", "methods": methods}
+    alone = run_study(plan(world, "seeds=0..2", **words))
+    assert trained == [
+        [(name, seed)]
+        for seed, names in enumerate(("lt", "tl", "lt"))
+        for name in ({"l": "lora", "t": "twin"}[letter] for letter in names)
+    ]
+    assert len({record.measurement for record in alone}) == 6 and None not in {r.measurement for r in alone}
+    assert [r.metrics for r in alone[:3]] == [r.metrics for r in alone[3:]], "the same scores under both names"
+    found = measurements_of({"lora": alone[:3], "twin": alone[3:]})
+    assert clusters(range(3), ["lora", "twin"], found) == ((0,), (1,), (2,))
+    shared = run_study(plan(world, "seeds=0..5", **words | {"timing": "shared"}))
+    by_method = {"lora": shared[:6], "twin": shared[6:]}
+    assert len({record.measurement for record in shared[3:6]}) == 1, "seeds that trained in one turn"
+    assert clusters(range(6), ["lora", "twin"], measurements_of(by_method)) == ((0,), (1,), (2,), (3, 4, 5))
+    command = plan(world, "timing=exclusive", **words).request.command()
+    assert "timing=exclusive" in command
 
 
 def test_records_of_another_config_or_other_data_are_refused(world):
