@@ -28,5 +28,5 @@ def lane_settings(cfg: RunConfig, plan: AdapterPlan, total_steps: int) -> LaneSe
         max_grad_norm=cfg.training.max_grad_norm,
         seed=derive(cfg.training.seed, "dropout"),
         fw=fw,
-        warmup_steps=fw.resolve_warmup_steps(total_steps) if fw else 0,
+        warmup_steps=(fw.resolve_warmup_steps(total_steps) or 0) if fw else 0,
     )

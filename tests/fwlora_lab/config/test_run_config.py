@@ -100,8 +100,10 @@ def test_arms_of_one_family_differ_in_their_method_only():
 
 
 def test_settings_of_the_method_have_the_defaults_of_the_method():
+    """But for K: a run config without one means the request's."""
     own = {f.name: f.default for f in dataclasses.fields(fwlora.FWLoraConfig) if f.name != "seed"}
-    assert FWLoraSettings().model_dump() == own
+    assert own["warmup_steps"] == "auto"
+    assert FWLoraSettings().model_dump() == {**own, "warmup_steps": 500}
 
 
 # --- where runs come from ----------------------------------------------------------------------
