@@ -305,7 +305,9 @@ def lora_layers(model: nn.Module) -> dict[str, Any]:
 
 def attached(model: Any, estimator: str) -> tuple[fwlora.FisherWeightedLoRA, torch.optim.Optimizer]:
     optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.0)
-    settings = FWLoraConfig(warmup_steps=9, fisher_ema_decay=0.0, estimator=estimator, sketch_columns=COLUMNS)
+    settings = FWLoraConfig(
+        penalty_strength=0.0, warmup_steps=9, fisher_ema_decay=0.0, estimator=estimator, sketch_columns=COLUMNS
+    )
     return fwlora.attach(model, optimizer, settings), optimizer
 
 
