@@ -45,10 +45,9 @@ def write_all_atomic(files: Mapping[Path, str | bytes], advice: str = "", durabl
     try:
         for path, data in encoded.items():
             path.parent.mkdir(parents=True, exist_ok=True)
-            with temporary[path].open("wb") as file:
-                file.write(data)
-                if durable:
-                    file.flush()
+            temporary[path].write_bytes(data)
+            if durable:
+                with temporary[path].open("rb") as file:
                     os.fsync(file.fileno())
         for path, half in temporary.items():
             half.replace(path)

@@ -177,9 +177,8 @@ def test_every_setting_reaches_the_method(world: World) -> None:
         assert getattr(config, key) == value
     assert config.seed == 5
     assert set(changed) | {"seed"} == {f.name for f in fields(fwlora.FWLoraConfig)}
-    assert (
-        fw_config(RunConfig.model_validate(world.config().model_dump() | {"fw_lora": {}}), 0) == fwlora.FWLoraConfig()
-    )
+    without = RunConfig.model_validate(world.config().model_dump() | {"fw_lora": {}})
+    assert fw_config(without, 0) == fwlora.FWLoraConfig(warmup_steps=500)  # a run config's K is the request's
 
 
 def test_fw_lora_watches_and_then_shrinks(world: World, backbone: Backbone) -> None:

@@ -101,7 +101,11 @@ def test_a_malformed_old_record_is_named_as_broken(tmp_path: Path, content: str)
 
 def test_an_old_record_has_the_present_keys_and_no_others() -> None:
     present = from_version_0_1(json.loads(RECORDS[0].read_text()))
-    assert present.keys() == load_record(RECORDS[0]).model_dump(mode="json").keys()
+    # Version 0.1 knew neither of these, and an empty value says so.
+    since = {"measurement": None, "attempts": []}
+    record = load_record(RECORDS[0]).model_dump(mode="json")
+    assert present.keys() == record.keys() - since.keys()
+    assert {key: record[key] for key in since} == since
 
 
 @pytest.mark.parametrize("file", RECORDS, ids=lambda f: f"{f.parts[-3]}-{f.parts[-2]}")
@@ -130,7 +134,9 @@ def test_the_report_has_the_numbers_of_the_old_one(folder: Path) -> None:
         assert len(present) == len(rows) > 0
         for old, new in zip(rows, present, strict=True):
             renamed = {RENAMED_COLUMNS.get(key, key): value for key, value in old.items()}
-            assert new.keys() == renamed.keys(), name
+            assert renamed.keys() <= new.keys() <= renamed.keys() | {"measurements", "doubts"}, name
+            if renamed.get("metric") == "train_seconds" and name != "seeds":
+                continue  # since version 0.2 seconds count by measurements, of which these records have too few
             for key, value in renamed.items():
                 assert new[key] == value or float(new[key]) == pytest.approx(float(value), rel=1e-9), (name, key)
 

@@ -451,7 +451,6 @@ def test_a_foreign_study_is_refused(study):
             ["+optuna.search_space.lerning_rate={type: loguniform, low: 1e-4, high: 1e-2}"],
             "did you mean 'learning_rate'",
         ),
-        (["optuna.search_space.lora_alpha={type: int, low: 1, high: 4}"], "+optuna.search_space.lora_alpha={…}"),
         (["optuna.n_trails=4"], "did you mean 'optuna.n_trials'"),
         (["workers=0"], "workers=0: must be a whole number"),
         (["hydra/launcher=joblib"], "say how many workers"),
