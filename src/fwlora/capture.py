@@ -196,8 +196,8 @@ class HookCapture:
                 "fwlora: optimizer.step() was called inside the backward pass (an optimizer in a gradient hook), when "
                 "the gradients of other layers are not known yet. Call it after loss.backward()."
             )
-        if self._is_split:
-            for i in range(len(self._targets)):
+        for i, target in enumerate(self._targets):
+            if self._is_split or _is_in_flat_parameter(target):
                 self._gathered.commit_left(i)
         if self._instead is None:
             self._look_for_missed_targets()
@@ -390,12 +390,19 @@ def _factors(target: Target) -> list[nn.Parameter]:
 
 def _all_known(target: Target) -> bool:
     """Whether the layer trains no other factors now, as it does once an adapter is switched or FSDP replaces them."""
+    if _is_in_flat_parameter(target):
+        return False
     layer: Any = target.layer
     known = {id(f) for f in _factors(target)}
     modules = [
         holder[name] for holder in (layer.lora_A, layer.lora_B) for name in layer.active_adapters if name in holder
     ]
     return all(id(m.weight) in known or not m.weight.requires_grad for m in modules)
+
+
+def _is_in_flat_parameter(target: Target) -> bool:
+    """Whether FSDP1 has put the factors into a flat parameter: autograd accumulates there, not into the factors."""
+    return any(getattr(f, "_fsdp_flattened", False) for f in _factors(target))
 
 
 def _trained_factors(targets: list[Target]) -> list[tuple[list[int], nn.Parameter]]:

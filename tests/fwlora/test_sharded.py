@@ -17,7 +17,7 @@ import torch.multiprocessing as mp
 from small_models import batches, lora_net, trainable
 from torch import nn
 from torch.distributed.fsdp import FullyShardedDataParallel as FSDP
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import ShardingStrategy, fully_shard
 from torch.distributed.fsdp.wrap import lambda_auto_wrap_policy
 from torch.nn.functional import cross_entropy
 from torch.testing import assert_close
@@ -26,7 +26,23 @@ import fwlora
 from fwlora import FWLoraConfig
 
 STEPS = 8
-WAYS = ("fsdp2", "fsdp2_one_unit", "accelerate_attach_last", "accelerate_attach_first", "fsdp1", "fsdp1_attach_first")
+WAYS = (
+    "fsdp2",
+    "fsdp2_one_unit",
+    "accelerate_attach_last",
+    "accelerate_attach_first",
+    "fsdp1",
+    "fsdp1_attach_first",
+    "fsdp1_whole",
+)
+    "fsdp2",
+    "fsdp2_one_unit",
+    "accelerate_attach_last",
+    "accelerate_attach_first",
+    "fsdp1",
+    "fsdp1_attach_first",
+    "fsdp1_whole",
+)
 
 
 def config(estimator: str, mode: str) -> FWLoraConfig:
@@ -67,7 +83,14 @@ def prepare(way: str, settings: FWLoraConfig) -> tuple[nn.Module, torch.optim.Op
     first = way.endswith("first")
     optimizer = torch.optim.AdamW(trainable(model), lr=1e-2) if first else None
     handle = fwlora.attach(model, optimizer, settings) if first else None
-    wrapped = FSDP(model, use_orig_params=True, auto_wrap_policy=policy, device_id=torch.device("cpu"))
+    strategy = ShardingStrategy.NO_SHARD if way.endswith("whole") else ShardingStrategy.FULL_SHARD
+    wrapped = FSDP(
+        model,
+        use_orig_params=True,
+        auto_wrap_policy=policy,
+        sharding_strategy=strategy,
+        device_id=torch.device("cpu"),
+    )
     if optimizer is None:
         optimizer = torch.optim.AdamW([p for p in wrapped.parameters() if p.requires_grad], lr=1e-2)
         handle = fwlora.attach(wrapped, optimizer, settings)
