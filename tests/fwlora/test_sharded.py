@@ -35,14 +35,6 @@ WAYS = (
     "fsdp1_attach_first",
     "fsdp1_whole",
 )
-    "fsdp2",
-    "fsdp2_one_unit",
-    "accelerate_attach_last",
-    "accelerate_attach_first",
-    "fsdp1",
-    "fsdp1_attach_first",
-    "fsdp1_whole",
-)
 
 
 def config(estimator: str, mode: str) -> FWLoraConfig:
