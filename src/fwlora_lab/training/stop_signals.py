@@ -21,6 +21,9 @@ class Terminated(SystemExit):
     def __init__(self) -> None:
         super().__init__(EXIT_TERMINATED)
 
+    def __reduce__(self) -> tuple[type[Terminated], tuple[()]]:  # launchers send a worker's exception to the parent
+        return Terminated, ()
+
 
 class StopSignals:
     """Handles SIGINT and SIGTERM while the `with` block runs, which is left by KeyboardInterrupt or `Terminated`.

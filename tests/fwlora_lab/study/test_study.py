@@ -8,11 +8,11 @@ from __future__ import annotations
 import json
 import multiprocessing
 import os
-import queue
 import random
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -427,16 +427,19 @@ def test_data_and_backbone_are_read_once_in_a_whole_study(world, monkeypatch):
 def test_a_worker_process_reads_data_and_backbone_once_for_all_batches(world, monkeypatch):
     found = plan(world, "seeds=0", "training.epochs=1")
     loaded, backbones = count_calls(monkeypatch, load_task), count_calls(monkeypatch, load_backbone)
-    monkeypatch.setattr(workers, "_worker", None)
     monkeypatch.setattr(workers, "leave_with", lambda parent: None)  # this process is not a worker
-    events: queue.SimpleQueue = queue.SimpleQueue()
-    workers._start_worker(events, 1, os.getpid())
+    ours, theirs = multiprocessing.Pipe()
     for cell in found.cells:
-        workers._train_in_worker([(cell.cfg.model_dump_json(), 0)])
+        ours.send([(cell.cfg.model_dump_json(), 0)])
+    ours.send(None)
+    former = signal.getsignal(signal.SIGINT)
+    workers.work(theirs, 1, os.getpid())
+    signal.signal(signal.SIGINT, former)
+    messages = []
+    while ours.poll():
+        messages.append(ours.recv())
     assert len(loaded) == len(backbones) == 1
-    trained = [
-        event.run_id for event in (events.get() for _ in range(events.qsize())) if isinstance(event, RunFinished)
-    ]
+    trained = [message.run_id for message in messages if isinstance(message, RunFinished)]
     assert trained == [cell.cfg.run_id for cell in found.cells]
 
 
@@ -576,3 +579,51 @@ def test_a_signal_to_the_parent_lets_every_worker_write_its_checkpoints(world, n
     _, err = process.communicate(timeout=60)
     assert process.returncode == (143 if number == signal.SIGTERM else 130), err
     assert len(newest()) == 4 and "Traceback" not in err
+
+
+def kill_workers(world: World, how_many: int) -> threading.Thread:
+    """Kill so many workers of this process as soon as each has written a checkpoint."""
+
+    def watch() -> None:
+        deadline = time.monotonic() + 120
+        while len(list(world.results.glob("*/seed-*/checkpoints"))) < 2 and time.monotonic() < deadline:
+            time.sleep(0.02)
+        for process in multiprocessing.active_children()[:how_many]:
+            process.kill()
+
+    thread = threading.Thread(target=watch)
+    thread.start()
+    return thread
+
+
+def test_another_worker_goes_on_with_the_runs_of_one_that_was_killed(world, capsys):
+    words = [f"study={write_study(world)}", "seeds=0", "training.epochs=60"]
+    undisturbed = run_study(plan_study(parse_request([*words, f"results_dir={world.results.parent / 'other'}"])))
+    thread = kill_workers(world, 1)
+    records = run_study(plan_study(parse_request([*words, f"results_dir={world.results}"])), workers=2)
+    thread.join()
+    # Two processes share the cores, and other thread counts round sums in another way.
+    for mine, other in zip(records, undisturbed, strict=True):
+        assert mine.metrics == pytest.approx(other.metrics, abs=0.1)
+    assert sorted(len(r.attempts) for r in records) == [1, 2]
+    assert capsys.readouterr().out.count("its runs are trained by another one") == 1
+
+
+def test_without_workers_left_the_study_says_what_to_do(world):
+    words = [f"study={write_study(world)}", "seeds=0", "training.epochs=3000", f"results_dir={world.results}"]
+    thread = kill_workers(world, 2)
+    with pytest.raises(UserError, match="smaller workers="):
+        run_study(plan_study(parse_request(words)), workers=2)
+    thread.join()
+
+
+def test_an_error_in_a_worker_is_raised_when_the_others_are_done(world, monkeypatch):
+    found = plan(world, "seeds=0", "training.epochs=1")
+    (found.results_dir / found.cells[0].cfg.run_id).parent.mkdir(parents=True, exist_ok=True)
+    (found.results_dir / found.cells[0].cfg.run_id).write_text("a file where the runs' folder should be")
+    batches = [cell.runs([0]) for cell in found.cells]
+    events: list = []
+    with pytest.raises(UserError, match=found.cells[0].cfg.run_id):
+        workers.train_in_processes(batches, 2, events.append)
+    assert [e.run_id for e in events if isinstance(e, RunFinished)] in ([], [found.cells[1].cfg.run_id])
+    assert multiprocessing.active_children() == []
