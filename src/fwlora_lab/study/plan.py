@@ -297,5 +297,6 @@ def _cell(study: StudySpec, task: str, budget: float, method: str, overrides: Se
                 for name, dimension in (selection.space | method_part.space).items()
             },
         }
-        search = SearchSpec.of(with_values(cfg, {"optuna": block, "training.seed": selection.seed}))
+        trials = load_run(study.base, [*own, *overrides, *selection.set]) if selection.set else cfg
+        search = SearchSpec.of(with_values(trials, {"optuna": block, "training.seed": selection.seed}))
     return PlannedCell(task, budget, method, cfg, search)

@@ -51,6 +51,7 @@ class Selection(Block):
         policy: `fixed` takes those of the configs. `tuned` gives each method `n_trials` trials on each task and budget,
             scored on a part of the training data.
         seed: the training seed of the trials, which no compared run may have.
+        set: overrides of the trials alone, for example fewer training examples than the compared runs have.
         space: what is searched for every method.
     """
 
@@ -59,6 +60,7 @@ class Selection(Block):
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 1000
     sampler: Literal["tpe", "random"] = "tpe"
     pruner: Literal["none", "median", "hyperband"] = "none"
+    set: list[str] = []
     space: dict[str, Dimension] = {}
 
     @model_validator(mode="after")

@@ -443,6 +443,18 @@ def test_a_worker_process_reads_data_and_backbone_once_for_all_batches(world, mo
     assert trained == [cell.cfg.run_id for cell in found.cells]
 
 
+def test_trials_may_be_shorter_than_the_compared_runs(world):
+    selection = {"policy": "tuned", "n_trials": 1, "space": SPACE, "set": ["training.epochs=1"]}
+    found = plan(world, "seeds=0", "methods=lora", selection=selection)
+    (cell,) = found.cells
+    assert cell.search is not None and cell.search.cfg.training.epochs == 1 and cell.cfg.training.epochs == 2
+    (record,) = run_study(found)
+    (trial,) = find_records(cell.search.folder / "trials").records
+    assert (len(trial.epochs), len(record.epochs)) == (1, 2)
+    rate = trial.config["training"]["learning_rate"]
+    assert record.config["training"]["learning_rate"] == rate
+
+
 def test_each_run_is_looked_up_once(world, monkeypatch):
     run_study(plan(world, "seeds=0"))
     looked_up = count_calls(monkeypatch, status_of)
