@@ -141,7 +141,7 @@ def test_a_warmup_that_fills_the_run_is_refused_with_the_cure(run_file):
 
 
 def test_ctrl_c_keeps_what_is_finished(run_file, tmp_path):
-    file = run_file(training__epochs=400)
+    file = run_file(training__epochs=400, training__engine="lanes")
     process = subprocess.Popen(
         [FWLORA, "train", f"run={file}", "seeds=0..1"],
         stdout=subprocess.PIPE,

@@ -422,6 +422,15 @@ def test_killed_at_random_moments_it_ends_like_an_undisturbed_run(world: World, 
     cfg = world.config("adalora", run_id="killed", **often)
     train_runs([RunSpec(whole, seed) for seed in (0, 1)])
     draw, attempts = random.Random(5), 0
+
+    def written() -> int:
+        """The steps of both runs up to their newest checkpoint."""
+        done = 0
+        for seed in (0, 1):
+            steps = [int(name[5:-3]) for name in files(cfg, seed) if name.startswith("step-")]
+            done += 22 if (folder(cfg, seed) / "record.json").exists() else max(steps, default=0)
+        return done
+
     while True:
         process = start(command(tmp_path, cfg, "seeds=0..1"))
         assert process.stdout is not None
@@ -431,7 +440,10 @@ def test_killed_at_random_moments_it_ends_like_an_undisturbed_run(world: World, 
             out, err = process.communicate(timeout=120)
             assert process.returncode == 0, err
             break
-        time.sleep(draw.uniform(0.05, 0.5))
+        before, deadline = written(), time.monotonic() + 60
+        while written() <= before and process.poll() is None and time.monotonic() < deadline:
+            time.sleep(0.005)
+        time.sleep(draw.uniform(0.0, 0.2))
         process.kill()
         process.communicate()
     for seed in (0, 1):
