@@ -25,7 +25,7 @@ from sqlalchemy.exc import SQLAlchemyError
 from fwlora_lab.errors import UserError
 from fwlora_lab.search import storage
 from fwlora_lab.search.storage import open_storage, quiet, redacted, storage_errors, study_lock
-from fwlora_lab.search.trials import CAUSE, REQUEUED, SCORES, Direction, is_counted
+from fwlora_lab.search.trials import CAUSE, EARLIER, REQUEUED, SCORES, Direction, earlier_attempts, is_counted
 
 _IDENTITY = "fwlora"  # the attribute of a stored study: studies on disk hold this name
 
@@ -70,7 +70,8 @@ class SharedStudy:
     """The Optuna study `name` in the storage at `url`; it is made if it does not exist.
 
     Args:
-        sampler: makes a trial's sampler from its number, so that a trial's values do not depend on who trains it.
+        sampler: makes a trial's sampler from its place among the counted trials, so that a trial's values do not depend
+            on who trains it.
 
     Raises:
         UserError: the storage cannot be reached or written. Every method raises it too.
@@ -141,10 +142,17 @@ class SharedStudy:
                 self.study.enqueue_trial({})
                 waiting = self.study.get_trials(deepcopy=False, states=(TrialState.WAITING,))
             self.heartbeat.add(waiting[0]._trial_id)
-            self.study.sampler = self._sampler(waiting[0].number)
+            # Attempts that were stopped do not count, so that a search that was stopped draws what it would have drawn.
+            stopped = sum(not is_counted(t) for t in trials if t.number < waiting[0].number)
+            self.study.sampler = self._sampler(waiting[0].number - stopped)
             trial = self.study.ask(dict(space))
             assert trial.number == waiting[0].number
             return trial
+
+    def earlier_attempts(self, trial: Trial) -> list[int]:
+        """The numbers of the trials that this one tries again, the latest first."""
+        with storage_errors(self.url):
+            return earlier_attempts(self._database.get_trial(trial._trial_id))
 
     def report(self, trial: Trial, value: float, step: int) -> bool:
         """Store a running trial's score; False if the trial was taken for dead and belongs to another worker now."""
@@ -205,5 +213,6 @@ class SharedStudy:
                         params=frozen.params,
                         distributions=frozen.distributions,
                         system_attrs=frozen.system_attrs,
+                        user_attrs={EARLIER: [trial.number, *earlier_attempts(frozen)]},
                     )
                 )

@@ -30,6 +30,11 @@ _NOT_SEARCHED = (
 _RANK_KEYS = ("model.lora.rank", "model.parameter_budget_percent", "adalora.init_rank_factor")
 
 
+def trial_run_id(number: int) -> str:
+    """The name of a trial's runs, which is that of their folder in the search's `trials/`."""
+    return f"trial-{number:04d}"
+
+
 @dataclass(frozen=True)
 class SearchSpec:
     """A run config with a search space.
@@ -108,7 +113,7 @@ class SearchSpec:
 
     def trial_config(self, number: int, values: dict[str, Any]) -> RunConfig:
         """The run config of a trial; UserError if its values contradict each other."""
-        return with_values(self.base, values | {"run_id": f"trial-{number:04d}"})
+        return with_values(self.base, values | {"run_id": trial_run_id(number)})
 
     def largest_configs(self) -> list[RunConfig]:
         """Configs with the highest rank that the space allows: lanes sized for them can hold every trial."""

@@ -15,6 +15,7 @@ MAX_RETRIES = 2  # of a trial whose worker died: the third time the trial itself
 SCORES = "scores"  # one for each seed
 CAUSE = "cause"
 REQUEUED = "handed_back"
+EARLIER = "earlier_attempts"  # the numbers of the requeued trials that this one tries again
 
 
 def cause_of(trial: FrozenTrial) -> str | None:
@@ -43,6 +44,12 @@ def best_of(trials: Sequence[FrozenTrial], direction: Direction) -> FrozenTrial 
     done = [t for t in trials if t.state == TrialState.COMPLETE and t.value is not None]
     sign = 1 if direction == "maximize" else -1
     return max(done, key=lambda t: (sign * t.values[0], -t.number), default=None)
+
+
+def earlier_attempts(trial: FrozenTrial) -> list[int]:
+    """The numbers of the trials that this one tries again, the latest first: stopped, or of a worker that died."""
+    of_dead_workers = trial.system_attrs.get("retry_history", [])  # written by RetryHeartbeatStaleTrialCallback
+    return sorted({*trial.user_attrs.get(EARLIER, []), *of_dead_workers}, reverse=True)
 
 
 def params_of(trial: FrozenTrial | Trial) -> dict[str, Any]:

@@ -11,12 +11,14 @@ from optuna.trial import Trial, TrialState
 
 from fwlora_lab.display.search_progress import SECONDS_BETWEEN_UPDATES, SearchProgress
 from fwlora_lab.errors import UserError
+from fwlora_lab.records.folder import RunFolder
 from fwlora_lab.search.interrupts import Interrupts
 from fwlora_lab.search.samplers import distributions
 from fwlora_lab.search.session import SearchSession, open_session
-from fwlora_lab.search.spec import SearchSpec
+from fwlora_lab.search.spec import SearchSpec, trial_run_id
 from fwlora_lab.search.storage import GRACE_SECONDS
 from fwlora_lab.search.trials import params_of
+from fwlora_lab.training.checkpoints import adopt_checkpoints
 from fwlora_lab.training.events import Evaluated, Event, Note, RunFailed, RunFinished, RunRefused, StepDone, StopRun
 from fwlora_lab.training.jobs import RunSpec
 from fwlora_lab.training.scheduler import train_on_demand
@@ -46,7 +48,10 @@ class TrialWorker:
         self.next_claim = 0.0
 
     def work(self) -> None:
-        """Train trials until all are finished or the user stops; unfinished ones are requeued then."""
+        """Train trials until all are finished or the user stops; unfinished ones are requeued then.
+
+        A requeued trial goes on from the checkpoints of its earlier attempt, where they are on this machine.
+        """
         try:
             with self.study.heartbeat.running():
                 largest = [RunSpec(cfg, self.spec.seeds[0]) for cfg in self.spec.largest_configs()]
@@ -89,6 +94,12 @@ class TrialWorker:
         except UserError as error:
             self._show_end(trial, self.study.fail(trial, str(error)))
             return
+        earlier = [trial_run_id(number) for number in self.study.earlier_attempts(trial)]
+        for seed in self.spec.seeds:
+            adopt_checkpoints(
+                RunFolder(cfg.results_dir, cfg.run_id, seed),
+                [RunFolder(cfg.results_dir, run_id, seed) for run_id in earlier],
+            )
         self.running[cfg.run_id] = RunningTrial(trial, cfg.training.epochs)
         self.queue += [RunSpec(cfg, seed) for seed in self.spec.seeds]
 

@@ -27,6 +27,7 @@ from fwlora_lab.config.fingerprint import fingerprint
 from fwlora_lab.errors import UserError
 from fwlora_lab.files import write_all_atomic
 from fwlora_lab.records.environment import versions
+from fwlora_lab.records.folder import RunFolder
 from fwlora_lab.training.active_run import ActiveRun
 from fwlora_lab.training.device import in_bf16
 from fwlora_lab.training.engine import Engine
@@ -123,6 +124,25 @@ def remove_checkpoints(job: Job) -> None:
     """Remove what a run left that has no record."""
     shutil.rmtree(_folder(job), ignore_errors=True)
     _remove_empty(job)
+
+
+def adopt_checkpoints(folder: RunFolder, others: Sequence[RunFolder]) -> None:
+    """Move the checkpoints of the first of `others` that has some to `folder`, unless it has its own.
+
+    The others were attempts at the same run under other names. One that a process is still training keeps its own.
+    """
+    if (folder.path / FOLDER).exists():
+        return
+    for other in others:
+        if not (other.path / FOLDER).exists():
+            continue
+        with other.lock(wait=False) as free:
+            if free:
+                folder.path.mkdir(parents=True, exist_ok=True)
+                with suppress(OSError):
+                    (other.path / FOLDER).rename(folder.path / FOLDER)
+                    other.path.rmdir()
+        return
 
 
 def _remove_empty(job: Job) -> None:

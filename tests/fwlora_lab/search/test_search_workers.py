@@ -30,6 +30,7 @@ from tiny import World
 
 from fwlora_lab.config.schema import RunConfig
 from fwlora_lab.config.validation import with_values
+from fwlora_lab.records.folder import find_records
 from fwlora_lab.search import results, storage
 from fwlora_lab.search.run import run_search
 from fwlora_lab.search.session import open_study
@@ -343,3 +344,43 @@ def test_racing_workers_never_claim_one_too_many(storage, tmp_path, request):
         process.join(300)
     assert sorted(sum(claimed, [])) == list(range(12))
     assert sum(bool(got) for got in claimed) > 1, "nobody raced"
+
+
+def terminable(config_json: str, workers: int) -> None:
+    """The command as a scheduler sees it that ends it by SIGTERM."""
+    from fwlora_lab.training.stop_signals import sigterm_raises
+
+    results._plot = lambda *_, **__: None
+    with sigterm_raises():
+        raise SystemExit(run_search(RunConfig.model_validate_json(config_json), workers))
+
+
+@pytest.mark.parametrize("engine", ["lanes", "peft"])
+@pytest.mark.parametrize("workers", [1, 2])
+def test_a_trial_goes_on_where_sigterm_stopped_it(world, tmp_path, workers, engine):
+    pytest.importorskip("hydra_plugins.hydra_joblib_launcher", reason="pip install 'fwlora[workers]'")
+    if workers == 2 and engine == "peft":
+        pytest.skip("the same code as with lanes")
+    cfg = with_values(config(world, 2, n_jobs=1), {"training.epochs": 150, "training.engine": engine})
+    whole = with_values(cfg, {"results_dir": str(tmp_path / "undisturbed")})
+    process = PROCESSES.Process(target=terminable, args=(cfg.model_dump_json(), workers))
+    process.start()
+    trials = Path(cfg.results_dir) / cfg.run_id / "search" / "trials"
+    wait_for(lambda: len(list(trials.glob("trial-*/*/checkpoints/*.pt"))) >= workers, 60)
+    process.terminate()
+    process.join(60)
+    assert process.exitcode == 143
+    stopped = {file.parents[2].name: int(file.stem[5:]) for file in sorted(trials.glob("trial-*/*/checkpoints/*.pt"))}
+    assert stopped, "the trials in training have left checkpoints"
+    assert not any(t.state.name == "RUNNING" for t in trials_of(cfg))
+    assert run_search(cfg, 1) == 0
+    records = find_records(trials).records
+    assert len([r for r in records if len(r.attempts) == 2]) == len(stopped)
+    assert sorted(trials.rglob("checkpoints")) == []
+    assert run_search(whole, 1) == 0
+    assert scores_by_number(cfg) == scores_by_number(whole)
+
+
+def scores_by_number(cfg: RunConfig) -> list[tuple[dict, float | None]]:
+    """The counted trials' parameters and scores, in the order of the parameters."""
+    return sorted(((t.params, t.value) for t in trials_of(cfg) if is_counted(t)), key=str)
