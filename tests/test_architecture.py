@@ -221,7 +221,7 @@ def test_help_loads_no_slow_package() -> None:
     code = (
         "import sys\n"
         "from fwlora_lab.cli.main import COMMANDS, main\n"
-        "assert main(['--help']) == 0 and len(COMMANDS) == 10\n"
+        "assert main(['--help']) == 0 and len(COMMANDS) == 11\n"
         "assert all(main([name, '--help']) == 0 for name in COMMANDS)\n"
         "slow = {'hydra', 'omegaconf', 'torch', 'transformers', 'peft', 'optuna', 'pydantic', 'numpy', 'rich'}\n"
         "sys.exit(str(sorted(slow & set(sys.modules))) if slow & set(sys.modules) else 0)\n"

@@ -6,7 +6,9 @@ A reader sees the former content or the new one, never half of it, also where th
 from __future__ import annotations
 
 import csv
+import ctypes
 import errno
+import hashlib
 import io
 import json
 import os
@@ -14,6 +16,7 @@ import shutil
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 from fwlora_lab.errors import UserError
 
@@ -62,9 +65,10 @@ def write_all_atomic(files: Mapping[Path, str | bytes], advice: str = "", durabl
 def write_folder_atomic(path: Path, fill: Callable[[Path], None], advice: str = "") -> None:
     """Make a folder, let `fill` write into it, and put it into the place of the former one.
 
-    A folder cannot replace another one in a single step: the former one is moved aside first, and comes back where the
-    second step fails. A writer killed between the two leaves it aside; `clear_leftovers` brings it back. So only one
-    process at a time may write the folder.
+    Where the system can exchange two folders in a single step, a reader finds the former one or the new one at any
+    moment. Elsewhere (not on Linux, or on a network's file system) the former one is moved aside first, and comes back
+    where the second step fails; a writer killed between the two leaves it aside, and `clear_leftovers` brings it back.
+    So only one process at a time may write the folder.
 
     Raises:
         UserError: the disk is full or the folder cannot be written. The former folder then stays, as it does where
@@ -75,8 +79,13 @@ def write_folder_atomic(path: Path, fill: Callable[[Path], None], advice: str = 
         new.mkdir(parents=True)
         fill(new)
         if path.exists():
-            path.rename(former)
-        new.rename(path)
+            if _exchange(new, path):
+                former = new
+            else:
+                path.rename(former)
+                new.rename(path)
+        else:
+            new.rename(path)
     except BaseException as error:
         shutil.rmtree(new, ignore_errors=True)
         if former.exists() and not path.exists():
@@ -85,6 +94,16 @@ def write_folder_atomic(path: Path, fill: Callable[[Path], None], advice: str = 
             raise cannot_write(path, error, advice) from error
         raise
     shutil.rmtree(former, ignore_errors=True)
+
+
+def _exchange(one: Path, other: Path) -> bool:
+    """Let two paths change places in a single step; False where the system or the file system cannot."""
+    try:
+        # Python's os module has no name for it.
+        done = ctypes.CDLL(None).renameat2(_HERE, os.fsencode(one), _HERE, os.fsencode(other), _RENAME_EXCHANGE)
+    except (OSError, AttributeError, TypeError):  # no such function: an older C library, or not Linux
+        return False
+    return done == 0
 
 
 def clear_leftovers(path: Path) -> None:
@@ -98,6 +117,7 @@ def clear_leftovers(path: Path) -> None:
         shutil.rmtree(half, ignore_errors=True)
 
 
+_HERE, _RENAME_EXCHANGE = -100, 2  # of Linux: AT_FDCWD of fcntl.h, and of renameat2
 # safetensors 0.8 wraps the system's error in a class of its own, and only its text holds the number.
 _OS_ERROR = "(os error "
 
@@ -108,6 +128,21 @@ def cannot_write(path: Path, error: BaseException, advice: str = "") -> UserErro
     cause = "the disk is full" if full else getattr(error, "strerror", None) or str(error)
     cure = "Free some space" if full else "Choose a folder that can be written"
     return UserError(f"{path}: cannot be written: {cause}. {cure}{f', or {advice}' if advice else ''}.")
+
+
+def seal(values: Mapping[str, Any]) -> dict[str, Any]:
+    """JSON values with their own hash, `sha256`, in place of a former one."""
+    return {**values, "sha256": _own_hash(values)}
+
+
+def is_unchanged(values: Mapping[str, Any]) -> bool:
+    """Whether JSON values are those that `seal` saw; also true of values without a hash, from before there was one."""
+    return values.get("sha256") is None or values["sha256"] == _own_hash(values)
+
+
+def _own_hash(values: Mapping[str, Any]) -> str:
+    rest = {key: value for key, value in values.items() if key != "sha256"}
+    return hashlib.sha256(json_text(rest).encode()).hexdigest()
 
 
 def json_text(content: object) -> str:

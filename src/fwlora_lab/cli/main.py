@@ -16,11 +16,11 @@ from collections.abc import Sequence
 from fwlora_lab.cli.grammar import Command, UsageError, two_columns
 from fwlora_lab.config.former_names import FormerName
 from fwlora_lab.errors import UserError
-from fwlora_lab.text import did_you_mean
+from fwlora_lab.text import did_you_mean, without_secrets
 from fwlora_lab.training.stop_signals import EXIT_TERMINATED, Terminated, sigterm_raises
 
 # In the order in which people meet them. Each is a module of this folder with a `COMMAND`; importing one is quick.
-COMMANDS = ("doctor", "demo", "show", "validate", "train", "search", "compare", "report", "generate", "bench")
+COMMANDS = ("doctor", "demo", "show", "validate", "train", "search", "compare", "report", "verify", "generate", "bench")
 
 _STOPPED = "fwlora: stopped. What is done is kept; the same command goes on from there."
 _ABOUT = """\
@@ -85,10 +85,10 @@ def _run(words: list[str]) -> int:
             return 0
         return command.run(command.parse(words[1:]))
     except UsageError as error:
-        print(f"fwlora: {error}\n{error.usage}", file=sys.stderr)
+        print(without_secrets(f"fwlora: {error}\n{error.usage}"), file=sys.stderr)
         return 2
     except UserError as error:
-        print(f"fwlora: {error}", file=sys.stderr)
+        print(without_secrets(f"fwlora: {error}"), file=sys.stderr)
         return 2
     except ModuleNotFoundError as error:
         package = (error.name or "").split(".")[0]

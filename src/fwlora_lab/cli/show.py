@@ -10,11 +10,12 @@ def _run(arguments: Arguments) -> int:
     run = named_run(arguments)
     from fwlora_lab.config.load import load_run, origins_of
     from fwlora_lab.config.yaml_writer import plain_values, yaml_with_comments
+    from fwlora_lab.text import without_secrets
 
     config_dir = arguments.get("config_dir")
     cfg = load_run(run, arguments.overrides, config_dir)
     origins = {row.key: row.origin for row in origins_of(run, arguments.overrides, config_dir)}
-    print(yaml_with_comments(plain_values(cfg), origins, align=True), end="")
+    print(without_secrets(yaml_with_comments(plain_values(cfg), origins, align=True)), end="")
     return 0
 
 

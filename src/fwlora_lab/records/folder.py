@@ -2,7 +2,7 @@
 
 results_dir/<run_id>/seed-<n>/
     config.yaml       the resolved run config; `fwlora train run=<this file>` trains the run again
-    record.json       a `Record`
+    record.json       a `Record`, which has the SHA-256 of the other files and of itself
     metrics.json      the final metrics as one flat object
     predictions.npz   logits [n, classes] float32 and labels [n] of the last evaluation
     adapter/          the adapter and the head, as PEFT's `PeftModel.from_pretrained` reads them
@@ -14,7 +14,11 @@ results_dir/study.json lists the runs that a study consists of, and its claims: 
 from __future__ import annotations
 
 import errno
+import hashlib
+import json
 import os
+import re
+import time
 import zipfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -31,9 +35,13 @@ from fwlora_lab.config.keys import leaves_of
 from fwlora_lab.config.schema import RunConfig
 from fwlora_lab.config.yaml_writer import to_yaml
 from fwlora_lab.errors import UserError
-from fwlora_lab.files import cannot_write, clear_leftovers, json_text, write_folder_atomic
+from fwlora_lab.files import cannot_write, clear_leftovers, is_unchanged, json_text, seal, write_folder_atomic
 from fwlora_lab.records.record import Record, Status
+from fwlora_lab.text import without_secrets
 
+_SEED_FOLDER = re.compile(r"seed-\d+")
+# The record has the hash of itself, and the report writes the adapter's card anew.
+UNHASHED = ("record.json", "adapter/README.md")
 ADVICE = "set results_dir=DIR"  # what a user can do if results cannot be written
 
 
@@ -112,8 +120,8 @@ class RunFolder:
         logits: np.ndarray | None = None,
         labels: np.ndarray | None = None,
         save_adapter: Callable[[Path], None] | None = None,
-    ) -> None:
-        """Write the run in one piece, in place of a former one.
+    ) -> Record:
+        """Write the run in one piece, in place of a former one; the record as it is written, with hashes.
 
         Args:
             record: a failed one needs nothing else.
@@ -126,16 +134,34 @@ class RunFolder:
         """
 
         def fill(folder: Path) -> None:
-            (folder / "config.yaml").write_text(to_yaml(cfg), encoding="utf-8")
-            (folder / "record.json").write_text(json_text(record.model_dump(mode="json")), encoding="utf-8")
+            (folder / "config.yaml").write_text(without_secrets(to_yaml(cfg)), encoding="utf-8")
             if record.status == "complete":
                 (folder / "metrics.json").write_text(json_text(_flat_metrics(record)), encoding="utf-8")
             if logits is not None and labels is not None:
                 np.savez(folder / "predictions.npz", logits=logits.astype(np.float32), labels=labels)
             if save_adapter is not None:
                 save_adapter(folder / "adapter")
+            written = record.model_copy(update={"files": hashes_of(folder)})
+            text = json_text(seal(written.model_dump(mode="json")))
+            (folder / "record.json").write_text(text, encoding="utf-8")
 
         write_folder_atomic(self.path, fill, ADVICE)
+        return load_record(self.path)
+
+
+def hashes_of(folder: Path) -> dict[str, str]:
+    """sha256 (hex) of every file of a run's folder by its path in the folder, without those of `UNHASHED`."""
+    files = {file.relative_to(folder).as_posix(): file for file in sorted(folder.rglob("*")) if file.is_file()}
+    return {name: file_sha256(file) for name, file in files.items() if name not in UNHASHED}
+
+
+def file_sha256(file: Path) -> str:
+    with file.open("rb") as opened:
+        return hashlib.file_digest(opened, "sha256").hexdigest()
+
+
+class ChangedRecord(UserError):
+    """A record that is not what its run wrote, or not where its run wrote it."""
 
 
 def load_record(path: str | Path) -> Record:
@@ -143,11 +169,15 @@ def load_record(path: str | Path) -> Record:
 
     Raises:
         UserError: there is none, or it cannot be read.
+        ChangedRecord: it was changed after it was written, or its folder was renamed.
     """
     path = Path(path)
-    file = path / "record.json" if path.is_dir() else path
+    file = path if path.name == "record.json" else path / "record.json"
     try:
-        return Record.model_validate_json(file.read_bytes())
+        content = _read(file)
+        record = Record.model_validate_json(content)
+        _refuse_changes(file, content, record)
+        return record
     except FileNotFoundError:
         raise UserError(f"{path}: there is no record here.") from None
     except OSError as error:
@@ -159,6 +189,35 @@ def load_record(path: str | Path) -> Record:
             f"{file}: not a record of this version ({where}: {first['msg']}). "
             "Delete the folder, or train the run again with again=true."
         ) from error
+
+
+def _read(file: Path) -> bytes:
+    """The file's content; a folder that is being replaced just now may be absent for a moment (see `files`)."""
+    for _ in range(20):
+        try:
+            return file.read_bytes()
+        except FileNotFoundError:
+            if not any(file.parent.parent.glob(f".{file.parent.name}.*.old")):
+                break
+            time.sleep(0.01)
+    return file.read_bytes()
+
+
+def _refuse_changes(file: Path, content: bytes, record: Record) -> None:
+    if not is_unchanged(json.loads(content)):
+        raise ChangedRecord(
+            f"{file}: was changed after its run wrote it (its sha256 is another). Put the original back, or delete the "
+            "folder and train the run again."
+        )
+    folder = file.absolute().parent
+    if _SEED_FOLDER.fullmatch(folder.name):
+        place = (folder.parent.name, int(folder.name.removeprefix("seed-")))
+        if place != (record.run_id, record.seed):
+            raise ChangedRecord(
+                f"{file}: is the record of {record.run_id} seed {record.seed}, in the folder of {place[0]} seed "
+                f"{place[1]}: the folder was renamed or copied. Move it to {record.run_id}/seed-{record.seed}, or "
+                "delete it."
+            )
 
 
 def load_predictions(path: str | Path) -> tuple[np.ndarray, np.ndarray]:
@@ -201,31 +260,39 @@ def find_records(results_dir: str | Path) -> FoundRecords:
     return FoundRecords(sorted(records, key=lambda record: (record.run_id, record.seed)), broken)
 
 
-def status_of(cfg: RunConfig, seed: int, data_fingerprint: str | None) -> Status:
+def status_of(cfg: RunConfig, seed: int, data_fingerprint: str | None, weights: str | None = None) -> Status:
     """Whether a run is trained already.
 
     Args:
         data_fingerprint: of the data that the run would be trained on; None accepts any.
+        weights: sha256 of the encoder's files; None accepts any.
 
     Returns:
-        "different" for a complete run of another config or other data; "failed" also for a record that cannot be read.
+        "different" for a complete run of another config, other data or another encoder; "failed" also for a record
+        that cannot be read.
+
+    Raises:
+        ChangedRecord: the record was changed after it was written, or its folder was renamed. The run is not trained
+            again without a word.
     """
     folder = RunFolder(cfg.results_dir, cfg.run_id, seed).path
     if not (folder / "record.json").exists():
         return "missing"
     try:
         record = load_record(folder)
+    except ChangedRecord:
+        raise
     except UserError:
         return "failed"
     if record.status == "failed":
         return "failed"
-    if differences(cfg, record, data_fingerprint):
+    if differences(cfg, record, data_fingerprint, weights):
         return "different"
     return "complete"
 
 
-def differences(cfg: RunConfig, record: Record, data_fingerprint: str | None) -> list[str]:
-    """What in `record` differs from a run of `cfg` on this data: keys with both values; empty if nothing does."""
+def differences(cfg: RunConfig, record: Record, data_fingerprint: str | None, weights: str | None = None) -> list[str]:
+    """What in `record` differs from a run of `cfg` on this data and encoder; empty if nothing does."""
     out = []
     if record.config_fingerprint != fingerprint(cfg):
         asked = dict(leaves_of(cfg.model_dump(mode="json")))
@@ -237,6 +304,8 @@ def differences(cfg: RunConfig, record: Record, data_fingerprint: str | None) ->
             out.append("config fingerprint (written by another version of the config schema)")
     if data_fingerprint is not None and record.data_fingerprint != data_fingerprint:
         out.append("the data (its texts, labels or split)")
+    if None not in (weights, record.backbone.weights) and record.backbone.weights != weights:
+        out.append(f"the encoder's files (those of {record.backbone.source} were replaced)")
     return out
 
 

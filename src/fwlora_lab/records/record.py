@@ -53,6 +53,8 @@ class BackboneInfo(RecordBlock):
     Attributes:
         source: where its files came from.
         commit: the hub's commit; None for an encoder from a folder or the package.
+        weights: sha256 of the files of an encoder from a folder or a package; None for one of the hub, and in records
+            from before it was written.
         parameters: how many it has, all frozen.
     """
 
@@ -60,6 +62,7 @@ class BackboneInfo(RecordBlock):
     source: str
     commit: str | None
     parameters: int
+    weights: str | None = None
 
 
 class Parameters(RecordBlock):
@@ -180,6 +183,9 @@ class Record(RecordBlock):
             is the first one's.
         steps: optimizer steps that were made, out of `total_steps`.
         peak_memory_bytes: of the process, or of the GPU.
+        files: sha256 of each file of the run beside the record, by its path in the run's folder; None in records from
+            before it was written.
+        sha256: of the record itself without this entry (`seal`); None likewise.
     """
 
     schema_version: Literal[1] = SCHEMA_VERSION
@@ -214,6 +220,8 @@ class Record(RecordBlock):
     peak_memory_bytes: int | None = None
     matrices: list[MatrixRow] = []
     warnings: list[str] = []
+    files: dict[str, str] | None = None
+    sha256: str | None = None
 
     @model_validator(mode="before")
     @classmethod

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any, Literal
 
 from pydantic import ValidationError
 
 from fwlora_lab.errors import UserError
-from fwlora_lab.files import json_text, write_atomic
+from fwlora_lab.files import is_unchanged, json_text, seal, write_atomic
 from fwlora_lab.records.folder import ADVICE
 from fwlora_lab.records.record import SCHEMA_VERSION, RecordBlock
 
@@ -37,6 +38,7 @@ class StudyPlan(RecordBlock):
         reference: the method that the others are compared with.
         selection: how hyper-parameters were chosen.
         claims: as `analysis.claims` reads them.
+        sha256: of the plan itself without this entry; None in plans from before it was written.
     """
 
     schema_version: Literal[1] = SCHEMA_VERSION
@@ -50,6 +52,7 @@ class StudyPlan(RecordBlock):
     selection: dict[str, Any]
     cells: list[StudyCell]
     claims: list[dict[str, Any]] = []
+    sha256: str | None = None
 
 
 def load_plan(results_dir: str | Path) -> StudyPlan | None:
@@ -60,7 +63,14 @@ def load_plan(results_dir: str | Path) -> StudyPlan | None:
     """
     file = Path(results_dir) / "study.json"
     try:
-        return StudyPlan.model_validate_json(file.read_bytes())
+        content = file.read_bytes()
+        plan = StudyPlan.model_validate_json(content)
+        if not is_unchanged(json.loads(content)):
+            raise UserError(
+                f"{file}: was changed after it was written (its sha256 is another). Put the original back, or delete "
+                "it, and `fwlora compare` writes it again."
+            )
+        return plan.model_copy(update={"sha256": None})
     except FileNotFoundError:
         return None
     except (OSError, ValidationError) as error:
@@ -77,4 +87,4 @@ def write_plan(results_dir: str | Path, plan: StudyPlan) -> None:
         UserError: the file cannot be written.
     """
     file = Path(results_dir) / "study.json"
-    write_atomic(file, json_text(plan.model_dump(mode="json")), ADVICE)
+    write_atomic(file, json_text(seal(plan.model_dump(mode="json"))), ADVICE)

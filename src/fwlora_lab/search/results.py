@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import shlex
 import sys
 import warnings
 from collections.abc import Sequence
@@ -52,9 +53,10 @@ def print_summary(session: SearchSession, trials: Sequence[FrozenTrial]) -> None
         for key, value in params_of(best).items():
             print(f"  {key} = {value}")
         fresh = max(spec.seeds) + 1
-        print(f"train it: fwlora train run={spec.folder / 'best.yaml'} seeds={fresh}..{fresh + 2}")
+        words = ["fwlora", "train", f"run={spec.folder / 'best.yaml'}", f"seeds={fresh}..{fresh + 2}"]
+        print(f"train it: {shlex.join(words)}")
     print(f"results: {spec.folder}")
-    print(f"see the study: optuna-dashboard {redacted(session.study.url)}")
+    print(f"see the study: optuna-dashboard {shlex.quote(redacted(session.study.url))}")
     for trial in failed[:3] if best is None else ():
         print(f"fwlora: trial {trial.number} failed: {cause_of(trial)}", file=sys.stderr)
 

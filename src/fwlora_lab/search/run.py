@@ -27,8 +27,10 @@ from fwlora_lab.search.interrupts import Interrupts
 from fwlora_lab.search.results import print_summary, write_results
 from fwlora_lab.search.session import SearchSession, open_session
 from fwlora_lab.search.spec import SearchSpec
+from fwlora_lab.search.storage import ENVIRONMENT
 from fwlora_lab.search.trials import best_of, finished
 from fwlora_lab.search.worker import TrialWorker, run_worker
+from fwlora_lab.text import without_secrets
 from fwlora_lab.training.launch import launch
 
 
@@ -71,7 +73,19 @@ def run_session(session: SearchSession, workers: int = 1, launcher: Sequence[str
 def _launch_workers(
     spec: SearchSpec, workers: int, launcher: Sequence[str], progress: SearchProgress, interrupts: Interrupts
 ) -> None:
-    """Let the launcher start the workers, and show the study's progress until they end."""
+    """Let the launcher start the workers, and show the study's progress until they end.
+
+    Raises:
+        UserError: a launcher that writes the workers' settings to files would write the storage's password there.
+    """
+    on_this_machine = not any(
+        word.startswith("hydra/launcher=") and word != "hydra/launcher=joblib" for word in launcher
+    )
+    if not on_this_machine and spec.optuna.storage and spec.optuna.storage != without_secrets(spec.optuna.storage):
+        raise UserError(
+            f"optuna.storage={without_secrets(spec.optuna.storage)}: this launcher would write the password to its "
+            f"files. Set the environment's {ENVIRONMENT} to the URL, and leave optuna.storage out."
+        )
     done = threading.Event()
 
     def show() -> None:

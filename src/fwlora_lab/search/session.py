@@ -67,7 +67,7 @@ def _trial_status(trial: FrozenTrial) -> TrialStatus:
 def open_study(spec: SearchSpec) -> SharedStudy:
     """Connect to the search's study, which is made if it does not exist."""
     return SharedStudy(
-        url=storage_url(spec.storage),
+        url=storage_url(spec),
         name=spec.cfg.run_id,
         direction=spec.optuna.direction,
         sampler=functools.partial(make_sampler, spec),

@@ -24,7 +24,7 @@ from sqlalchemy.exc import SQLAlchemyError
 
 from fwlora_lab.errors import UserError
 from fwlora_lab.search import storage
-from fwlora_lab.search.storage import open_storage, quiet, redacted, storage_errors, study_lock
+from fwlora_lab.search.storage import check_database, open_storage, quiet, redacted, storage_errors, study_lock
 from fwlora_lab.search.trials import CAUSE, EARLIER, REQUEUED, SCORES, Direction, earlier_attempts, is_counted
 
 _IDENTITY = "fwlora"  # the attribute of a stored study: studies on disk hold this name
@@ -84,6 +84,7 @@ class SharedStudy:
         self._sampler = sampler
         optuna.logging.set_verbosity(optuna.logging.WARNING)
         with self._locked(), quiet():
+            check_database(url)
             self._database = open_storage(url)
             self.study = optuna.create_study(
                 storage=self._database, study_name=name, direction=direction, pruner=pruner, load_if_exists=True

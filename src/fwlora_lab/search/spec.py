@@ -78,11 +78,6 @@ class SearchSpec:
         return Path(self.cfg.results_dir) / self.cfg.run_id / "search"
 
     @property
-    def storage(self) -> str:
-        """The URL of the database; an SQLite file in the search's folder if the config names none."""
-        return self.optuna.storage or f"sqlite:///{(self.folder / 'study.db').resolve()}"
-
-    @property
     def seeds(self) -> list[int]:
         """The training seeds, the same for every trial."""
         first = self.cfg.training.seed

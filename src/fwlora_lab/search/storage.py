@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import hashlib
+import os
+import sqlite3
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,20 +21,47 @@ from sqlalchemy.engine import URL
 from sqlalchemy.exc import ArgumentError, SQLAlchemyError
 
 from fwlora_lab.errors import UserError
+from fwlora_lab.search.spec import SearchSpec
 from fwlora_lab.search.trials import MAX_RETRIES
+from fwlora_lab.text import HIDDEN, without_secrets
+
+ENVIRONMENT = "FWLORA_STORAGE"  # a URL with a password, which then stands in no file and no command
 
 HEARTBEAT_SECONDS = 10
 GRACE_SECONDS = 60  # without a heartbeat for this long, a worker counts as dead
 _SQLITE_TIMEOUT_SECONDS = 60  # how long to wait while another process writes
 
 
-def storage_url(text: str) -> URL:
-    """The storage's URL with the driver that comes with this package; UserError for what workers cannot share."""
+def storage_url(spec: SearchSpec) -> URL:
+    """Where the search's study is: optuna.storage, the environment's FWLORA_STORAGE, or study.db in its folder.
+
+    A written config has `***` for a password: FWLORA_STORAGE stands in for such a URL too.
+
+    Raises:
+        UserError: no database URL, or a database that workers cannot share.
+    """
+    text, given = spec.optuna.storage, os.environ.get(ENVIRONMENT)
+    if text is None and given is None:
+        # Not by way of a text: a path may have a `?`, which would begin a URL's parameters.
+        return URL.create("sqlite", database=str((spec.folder / "study.db").resolve()))
+    if text is None or (HIDDEN in text and given is not None):
+        assert given is not None
+        return database_url(given)
+    if HIDDEN in text:
+        raise UserError(
+            f"optuna.storage={text}: the password was left out where this config was written. Set the environment's "
+            f"{ENVIRONMENT} to the whole URL."
+        )
+    return database_url(text)
+
+
+def database_url(text: str) -> URL:
+    """The URL with the driver that comes with this package; UserError for what workers cannot share."""
     cure = "use sqlite:///FILE, or postgresql://USER@HOST/DATABASE to share a study over machines"
     try:
         url = sqlalchemy.make_url(text)
-    except ArgumentError:
-        raise UserError(f"optuna.storage={text}: not a database URL: {cure}") from None
+    except (ArgumentError, ValueError):  # ValueError: a port that is no number
+        raise UserError(f"optuna.storage={without_secrets(text)}: not a database URL: {cure}") from None
     kind = url.get_backend_name()
     if kind in ("postgresql", "postgres"):
         return url.set(drivername="postgresql+psycopg")
@@ -44,16 +74,59 @@ def storage_url(text: str) -> URL:
 
 def redacted(url: URL) -> str:
     """The URL as it may be printed: without its password."""
-    return url.render_as_string(hide_password=True)
+    return without_secrets(url.render_as_string(hide_password=True))
+
+
+def check_database(url: URL) -> None:
+    """Look whether an SQLite file is intact, and there if the search has left anything else.
+
+    Raises:
+        UserError: it is damaged, or missing beside results of its trials.
+    """
+    if url.get_backend_name() != "sqlite":
+        return
+    file = Path(str(url.database)).resolve()
+    trials = [name for name in ("trials.csv", "best.yaml") if (file.parent / name).exists()]
+    if file.exists() and file.stat().st_size and (fault := database_fault(file)) is not None:
+        raise UserError(
+            f"{file}: {fault}. Put a copy of the file back; to search again, delete {file.name} and what is beside it."
+        )
+    if file.name == "study.db" and trials and not (file.exists() and file.stat().st_size):
+        raise UserError(
+            f"{file}: the search's database is missing or empty, while {' and '.join(trials)} of it "
+            f"{'are' if len(trials) > 1 else 'is'} there. Put the file back; to search again, delete the folder "
+            f"{file.parent}."
+        )
+
+
+def database_fault(file: Path) -> str | None:
+    """What is wrong with an SQLite file; None if nothing is."""
+    try:
+        with contextlib.closing(sqlite3.connect(f"{file.resolve().as_uri()}?mode=ro", uri=True)) as database:
+            rows = [str(row[0]) for row in database.execute("PRAGMA integrity_check(3)")]
+            tables = {row[0] for row in database.execute("SELECT name FROM sqlite_master WHERE type = 'table'")}
+    except (sqlite3.Error, UnicodeDecodeError) as error:
+        return f"no intact database: {error}"
+    if rows != ["ok"]:
+        return f"no intact database: {'; '.join(' '.join(row.split()) for row in rows)}"
+    return None if {"studies", "trials"} <= tables else "no database of a search: its tables are missing"
 
 
 def open_storage(url: URL) -> RDBStorage:
     """Connect to the database; its tables are made if they are missing."""
     options: dict[str, Any] = {"pool_pre_ping": True}
+    text = url.render_as_string(hide_password=False)
     if url.get_backend_name() == "sqlite":
-        options["connect_args"] = {"timeout": _SQLITE_TIMEOUT_SECONDS}
+        # Optuna takes a text, in which a path with `?` or braces would be another file: the connection is made here.
+        file, text = str(url.database), "sqlite://"
+        options |= {
+            "creator": functools.partial(
+                sqlite3.connect, file, timeout=_SQLITE_TIMEOUT_SECONDS, check_same_thread=False
+            ),
+            "poolclass": sqlalchemy.QueuePool,
+        }
     return RDBStorage(
-        url.render_as_string(hide_password=False),
+        text,
         engine_kwargs=options,
         heartbeat_interval=HEARTBEAT_SECONDS,
         grace_period=GRACE_SECONDS,

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from fwlora_lab.errors import UserError
+from fwlora_lab.models.weights import local_weights
 from fwlora_lab.records.folder import RunFolder, differences, load_record, status_of
 from fwlora_lab.records.record import Record
 from fwlora_lab.study.plan import PlannedCell
@@ -56,12 +57,13 @@ def take_inventory(cells: Sequence[PlannedCell], seeds: Sequence[int], resources
     complete: dict[tuple[str, int], Record] = {}
     conflicts = []
     for cell in cells:
-        data = resources.task(cell.cfg.dataset).fingerprint
+        data, weights = resources.task(cell.cfg.dataset).fingerprint, local_weights(cell.cfg.model)
         for seed in seeds:
-            status = status_of(cell.cfg, seed, data)
+            status = status_of(cell.cfg, seed, data, weights)
             if status == "complete":
                 complete[cell.cfg.run_id, seed] = load_record(run_folder(cell, seed))
             elif status == "different":
                 folder = run_folder(cell, seed)
-                conflicts.append(Conflict(folder, tuple(differences(cell.cfg, load_record(folder), data))))
+                reasons = differences(cell.cfg, load_record(folder), data, weights)
+                conflicts.append(Conflict(folder, tuple(reasons)))
     return Inventory(complete, tuple(conflicts))

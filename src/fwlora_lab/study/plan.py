@@ -23,7 +23,7 @@ from fwlora_lab.records.study_plan import StudyCell, StudyPlan
 from fwlora_lab.search.spec import SearchSpec
 from fwlora_lab.seeds import parse_seeds
 from fwlora_lab.study.spec import Selection, StudySpec, Timing, load_study
-from fwlora_lab.text import did_you_mean
+from fwlora_lab.text import did_you_mean, without_secrets
 from fwlora_lab.training.jobs import RunSpec
 
 _ARGUMENTS = ("study", "seeds", "tasks", "methods", "budgets", "timing", "selection.policy", "selection.n_trials")
@@ -64,7 +64,7 @@ class StudyRequest:
             "selection.n_trials": str(self.n_trials or ""),
         }
         arguments = [f"{key}={value}" for key, value in chosen.items() if value]
-        return f"fwlora compare {shlex.join([f'study={self.study}', *arguments, *self.overrides])}"
+        return without_secrets(f"fwlora compare {shlex.join([f'study={self.study}', *arguments, *self.overrides])}")
 
 
 def parse_request(arguments: Sequence[str]) -> StudyRequest:

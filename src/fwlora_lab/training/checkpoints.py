@@ -160,7 +160,7 @@ def identity_of(job: Job, device: torch.device) -> dict[str, str]:
     return {
         "other settings": f"{fingerprint(job.cfg)} {job.seed} {job.engine}",
         "other data": job.data.fingerprint,
-        "another encoder": f"{job.backbone.source} {job.backbone.commit} {job.backbone.parameters}",
+        "another encoder": f"{job.backbone.source} {job.backbone.commit} {job.backbone.parameters} {job.weights}",
         "another version of the code": f"{_code_fingerprint()} {sorted(versions().items())}",
         "another kind of device": f"{device.type} {'bf16' if in_bf16(job.cfg, device) else 'fp32'}",
     }
@@ -191,7 +191,7 @@ def decode(data: bytes, identity: Mapping[str, str]) -> dict[str, Any]:
         Unusable: it is damaged, or another run's.
     """
     line, _, content = data.partition(b"\n")
-    if line != _FORMAT + hashlib.sha256(content).hexdigest().encode():
+    if not _has_hash(line, content):
         raise Unusable("it is damaged")
     try:
         found = torch.load(io.BytesIO(content), weights_only=True, map_location="cpu")
@@ -201,6 +201,19 @@ def decode(data: bytes, identity: Mapping[str, str]) -> dict[str, Any]:
     if others:
         raise Unusable(f"it was written with {', '.join(others)}")
     return found["state"]
+
+
+def is_intact(file: Path) -> bool:
+    """Whether a checkpoint's content is what its first line has the hash of."""
+    try:
+        line, _, content = file.read_bytes().partition(b"\n")
+    except OSError:
+        return False
+    return _has_hash(line, content)
+
+
+def _has_hash(line: bytes, content: bytes) -> bool:
+    return line == _FORMAT + hashlib.sha256(content).hexdigest().encode()
 
 
 def _read(file: Path) -> bytes:

@@ -31,11 +31,15 @@ class RunSpec:
 
 @dataclass(frozen=True)
 class Job:
-    """A run with all that it needs and does not change; `cfg.training.seed` is its seed."""
+    """A run with all that it needs and does not change; `cfg.training.seed` is its seed.
+
+    `weights` is the sha256 of the encoder's files, as `models.weights` has it.
+    """
 
     cfg: RunConfig
     data: TaskData
     backbone: Backbone
+    weights: str | None
     train: TokenTable
     evaluation: TokenTable
     plan: AdapterPlan
@@ -79,9 +83,9 @@ class Job:
         Raises:
             UserError: a run with another config or other data is in its place.
         """
-        status = status_of(self.cfg, self.seed, self.data.fingerprint)
+        status = status_of(self.cfg, self.seed, self.data.fingerprint, self.weights)
         if status == "different":
-            reasons = differences(self.cfg, load_record(self.folder.path), self.data.fingerprint)
+            reasons = differences(self.cfg, load_record(self.folder.path), self.data.fingerprint, self.weights)
             raise UserError(
                 f"{self.folder.path} holds a finished run of another kind: {'; '.join(reasons)}. "
                 "Set another run_id or results_dir, or train it anew with again=true."

@@ -19,6 +19,7 @@ from fwlora_lab.models.adapter_plan import AdapterPlan, plan_adapters
 from fwlora_lab.models.backbones import Backbone, load_backbone
 from fwlora_lab.models.classifier import ClassifierSkeleton
 from fwlora_lab.models.methods import parts_of
+from fwlora_lab.models.weights import local_weights
 from fwlora_lab.records.folder import RunFolder
 from fwlora_lab.training.device import in_bf16
 from fwlora_lab.training.jobs import Job, RunSpec, steps_per_epoch
@@ -122,6 +123,7 @@ class ResourceCache:
             cfg=cfg,
             data=data,
             backbone=backbone,
+            weights=local_weights(cfg.model),
             train=train,
             evaluation=evaluation,
             plan=plan,

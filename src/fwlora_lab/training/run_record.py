@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shlex
 import sys
@@ -14,6 +15,7 @@ import torch
 from fwlora_lab.config.fingerprint import fingerprint
 from fwlora_lab.records.environment import cpu_name, git_commit, versions
 from fwlora_lab.records.record import BackboneInfo, Failure, Machine, Record, Times
+from fwlora_lab.text import without_secrets
 from fwlora_lab.training.active_run import ActiveRun
 from fwlora_lab.training.device import in_bf16, peak_memory
 from fwlora_lab.training.events import EventCallback, RunFailed, RunFinished
@@ -28,12 +30,11 @@ def write_record(run: ActiveRun, fisher: Mapping[str, float] | None, on_event: E
         except Exception as error:
             failure = error
     if failure is not None:
-        record = make_record(run, None, _as_failure(failure))
-        job.folder.write(record, job.cfg)
+        record = job.folder.write(make_record(run, None, _as_failure(failure)), job.cfg)
         on_event(RunFailed(*job.key, record))
         return record
     assert run.state is not None
-    job.folder.write(
+    record = job.folder.write(
         record,
         job.cfg,
         logits=run.logits,
@@ -47,8 +48,8 @@ def write_record(run: ActiveRun, fisher: Mapping[str, float] | None, on_event: E
 def _as_failure(error: Exception) -> Failure:
     return Failure(
         type=type(error).__name__,
-        message=str(error),
-        traceback="".join(traceback.format_exception(error)),
+        message=without_secrets(str(error)),
+        traceback=without_secrets("".join(traceback.format_exception(error))),
     )
 
 
@@ -65,7 +66,7 @@ def make_record(run: ActiveRun, fisher: Mapping[str, float] | None, failure: Fai
         error=failure,
         started=run.started,
         finished=datetime.now(UTC),
-        command=shlex.join(sys.argv),
+        command=without_secrets(shlex.join(sys.argv)),
         versions=versions(),
         git_commit=git_commit(),
         machine=Machine(
@@ -76,7 +77,7 @@ def make_record(run: ActiveRun, fisher: Mapping[str, float] | None, failure: Fai
             precision="bf16" if in_bf16(job.cfg, device) else "fp32",
         ),
         measurement=run.measurement,
-        config=job.cfg.model_dump(mode="json"),
+        config=json.loads(without_secrets(job.cfg.model_dump_json())),
         config_fingerprint=fingerprint(job.cfg),
         data_fingerprint=job.data.fingerprint,
         data_source=job.data.source,
@@ -87,6 +88,7 @@ def make_record(run: ActiveRun, fisher: Mapping[str, float] | None, failure: Fai
             source=job.backbone.source,
             commit=job.backbone.commit,
             parameters=job.backbone.parameters,
+            weights=job.weights,
         ),
         total_steps=job.total_steps,
         warnings=list(job.warnings),

@@ -101,8 +101,8 @@ def test_a_malformed_old_record_is_named_as_broken(tmp_path: Path, content: str)
 
 def test_an_old_record_has_the_present_keys_and_no_others() -> None:
     present = from_version_0_1(json.loads(RECORDS[0].read_text()))
-    # Version 0.1 knew neither of these, and an empty value says so.
-    since = {"measurement": None, "attempts": []}
+    # Version 0.1 knew none of these, and an empty value says so.
+    since = {"measurement": None, "attempts": [], "files": None, "sha256": None}
     record = load_record(RECORDS[0]).model_dump(mode="json")
     assert present.keys() == record.keys() - since.keys()
     assert {key: record[key] for key in since} == since

@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 from pydantic import ValidationError
 
+from fwlora_lab import files
 from fwlora_lab.config.fingerprint import fingerprint
 from fwlora_lab.config.load import load_run
 from fwlora_lab.config.schema import RunConfig
@@ -119,10 +120,13 @@ def test_a_run_comes_back_as_it_was_written(tmp_path: Path) -> None:
         "predictions.npz",
         "record.json",
     ]
-    assert load_record(folder) == record == load_record(folder / "record.json")
-    back, labels = load_predictions(folder)
-    assert back.dtype == np.float32
-    np.testing.assert_array_equal(back, logits.astype(np.float32))
+    back = load_record(folder)
+    assert back == load_record(folder / "record.json") and back.sha256 is not None
+    assert back.model_copy(update={"files": None, "sha256": None}) == record
+    assert set(back.files or ()) == {"adapter/weights", "config.yaml", "metrics.json", "predictions.npz"}
+    read, labels = load_predictions(folder)
+    assert read.dtype == np.float32
+    np.testing.assert_array_equal(read, logits.astype(np.float32))
     np.testing.assert_array_equal(labels, [1, 0])
     assert load_run(str(folder / "config.yaml")) == cfg
     assert json.loads((folder / "metrics.json").read_text()) == {
@@ -172,8 +176,7 @@ class SafetensorError(Exception):
 )
 def test_a_full_disk_is_one_message_and_leaves_the_former_run(tmp_path: Path, error: Exception) -> None:
     cfg = config(tmp_path)
-    first = record_of(cfg)
-    write(cfg, first)
+    first = load_record(write(cfg, record_of(cfg)).path)
 
     def full(path: Path) -> None:
         path.mkdir()
@@ -188,8 +191,8 @@ def test_a_full_disk_is_one_message_and_leaves_the_former_run(tmp_path: Path, er
 
 def test_a_rename_that_fails_brings_the_former_run_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     cfg = config(tmp_path)
-    first = record_of(cfg)
-    write(cfg, first)
+    first = load_record(write(cfg, record_of(cfg)).path)
+    monkeypatch.setattr(files, "_exchange", lambda *_: False)  # as on systems that cannot
     rename = Path.rename
 
     def fail(self: Path, target: Path) -> Path:
@@ -246,8 +249,7 @@ KILLED = """
 
 def test_a_killed_writer_harms_nobody_and_is_cleared_away(tmp_path: Path) -> None:
     cfg = config(tmp_path)
-    first = record_of(cfg)
-    write(cfg, first)
+    first = load_record(write(cfg, record_of(cfg)).path)
     script = textwrap.dedent(KILLED).format(tests=str(Path(__file__).parent), results=str(tmp_path))
     done = subprocess.run([sys.executable, "-c", script], capture_output=True)
     assert done.returncode == -signal.SIGKILL, done.stderr.decode()

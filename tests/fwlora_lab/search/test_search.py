@@ -29,7 +29,7 @@ from fwlora_lab.search.samplers import distributions, make_pruner
 from fwlora_lab.search.session import open_study
 from fwlora_lab.search.shared_study import SharedStudy
 from fwlora_lab.search.spec import SearchSpec
-from fwlora_lab.search.storage import storage_url
+from fwlora_lab.search.storage import database_url
 from fwlora_lab.search.trials import best_of, cause_of, is_counted
 from fwlora_lab.training import lane_trainer
 from fwlora_lab.training.events import Evaluated, StopRun
@@ -369,7 +369,7 @@ def test_the_storages_password_stays_out_of_the_files(world, tmp_path):
 @pytest.fixture
 def study(tmp_path):
     def connect() -> SharedStudy:
-        url = storage_url(f"sqlite:///{tmp_path}/study.db")
+        url = database_url(f"sqlite:///{tmp_path}/study.db")
         sampler = optuna.samplers.RandomSampler
         return SharedStudy(url, "s", "maximize", lambda n: sampler(seed=n), optuna.pruners.NopPruner())
 

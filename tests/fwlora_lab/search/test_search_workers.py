@@ -36,11 +36,13 @@ from fwlora_lab.search.run import run_search
 from fwlora_lab.search.session import open_study
 from fwlora_lab.search.shared_study import SharedStudy
 from fwlora_lab.search.spec import SearchSpec
-from fwlora_lab.search.storage import storage_url
+from fwlora_lab.search.storage import database_url
 from fwlora_lab.search.trials import is_counted
 from fwlora_lab.search.worker import TrialWorker
 from fwlora_lab.training import launch
 from fwlora_lab.training.events import Evaluated
+from fwlora_lab.training.jobs import RunSpec
+from fwlora_lab.training.scheduler import train_runs
 
 # Debian keeps the server's programs out of PATH, a folder for each version.
 POSTGRES = max(Path("/usr/lib/postgresql").glob("*/bin"), default=Path("/nowhere"), key=lambda p: float(p.parent.name))
@@ -317,7 +319,7 @@ def claim_all(url: str, pipe) -> None:
     def sampler(number: int):
         return optuna.samplers.RandomSampler(seed=number)
 
-    study = SharedStudy(storage_url(url), "s", "maximize", sampler, optuna.pruners.NopPruner())
+    study = SharedStudy(database_url(url), "s", "maximize", sampler, optuna.pruners.NopPruner())
     pipe.send("ready")
     pipe.recv()
     got = []
@@ -361,7 +363,7 @@ def test_a_trial_goes_on_where_sigterm_stopped_it(world, tmp_path, workers, engi
     pytest.importorskip("hydra_plugins.hydra_joblib_launcher", reason="pip install 'fwlora[workers]'")
     if workers == 2 and engine == "peft":
         pytest.skip("the same code as with lanes")
-    cfg = with_values(config(world, 2, n_jobs=1), {"training.epochs": 150, "training.engine": engine})
+    cfg = with_values(config(world, 2, n_jobs=1), {"training.epochs": 60, "training.engine": engine})
     whole = with_values(cfg, {"results_dir": str(tmp_path / "undisturbed")})
     process = PROCESSES.Process(target=terminable, args=(cfg.model_dump_json(), workers))
     process.start()
@@ -375,10 +377,18 @@ def test_a_trial_goes_on_where_sigterm_stopped_it(world, tmp_path, workers, engi
     assert not any(t.state.name == "RUNNING" for t in trials_of(cfg))
     assert run_search(cfg, 1) == 0
     records = find_records(trials).records
-    assert len([r for r in records if len(r.attempts) == 2]) == len(stopped)
-    assert sorted(trials.rglob("checkpoints")) == []
-    assert run_search(whole, 1) == 0
-    assert scores_by_number(cfg) == scores_by_number(whole)
+    resumed = [record for record in records if len(record.attempts) == 2]
+    assert len(resumed) == len(stopped) and sorted(trials.rglob("checkpoints")) == []
+    for record in resumed:
+        alone = with_values(RunConfig.model_validate(record.config), {"results_dir": str(tmp_path / "alone")})
+        undisturbed = train_runs([RunSpec(alone, record.seed)])[0]
+        assert undisturbed.metrics == record.metrics
+        # The last bits depend on how many threads and lanes there are.
+        losses = [[epoch.train_loss for epoch in r.epochs] for r in (record, undisturbed)]
+        assert losses[0] == pytest.approx(losses[1], abs=1e-4)
+    if workers == 1:  # two workers draw the second trial while the first is in training
+        assert run_search(whole, 1) == 0
+        assert scores_by_number(cfg) == scores_by_number(whole)
 
 
 def scores_by_number(cfg: RunConfig) -> list[tuple[dict, float | None]]:
