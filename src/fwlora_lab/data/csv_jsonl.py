@@ -5,9 +5,10 @@ from __future__ import annotations
 import csv
 import io
 import json
+import re
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -21,6 +22,11 @@ from fwlora_lab.text import did_you_mean
 
 if TYPE_CHECKING:
     from fwlora_lab.config.schema import DatasetConfig
+
+
+_WHOLE_NUMBER = re.compile(r"-?(0|[1-9][0-9]*)(\.0+)?")  # "01" and "1" are two labels
+# What spreadsheets and pandas write for a cell without a value, and read as one.
+_MISSING = frozenset(("", "nan", "NaN", "NA", "N/A", "n/a", "<NA>", "#N/A", "null", "NULL", "None"))
 
 
 @dataclass(frozen=True)
@@ -48,6 +54,7 @@ def load_files(cfg: DatasetConfig) -> tuple[TaskSpec, Examples, Examples, str]:
             f"dataset.train_file, dataset.eval_file: both are {paths[0]}, so the model would be "
             "evaluated on what it was trained on; split the file in two"
         )
+    rows = _with_one_spelling(paths[0], rows, label)
     classes = _classes(paths[0], rows[0], label)
     spec = TaskSpec(
         name=paths[0].stem,
@@ -60,6 +67,44 @@ def load_files(cfg: DatasetConfig) -> tuple[TaskSpec, Examples, Examples, str]:
     numbers = {value: i for i, value in enumerate(classes)}
     train, dev = (_examples(path, part, label, numbers) for path, part in zip(paths, rows, strict=True))
     return spec, train, dev, f"{cfg.name} files {paths[0]} and {paths[1]}"
+
+
+def _with_one_spelling(path: Path, parts: list[list[FileRow]], column: str) -> list[list[FileRow]]:
+    """The rows with one spelling for labels that mean the same: `1` and `1.0`, `True` and `true`.
+
+    `path` is the file of the first part.
+
+    Raises:
+        UserError: two labels differ only in the case of their letters, which may or may not mean the same.
+    """
+    labels = {row.label for part in parts for row in part}
+    spelt = [label for label in labels if isinstance(label, str)]
+    if all(_WHOLE_NUMBER.fullmatch(label) for label in spelt):
+        key = {label: str(int(float(label))) for label in spelt}
+    else:
+        key = {label: label.casefold() for label in spelt}
+        if not set(key.values()) <= {"true", "false"}:
+            _refuse_other_cases(path, parts[0], column)
+            return parts
+    shortest = {k: min((s for s in spelt if key[s] == k), key=lambda s: (len(s), s)) for k in key.values()}
+    return [
+        [replace(row, label=shortest[key[row.label]] if isinstance(row.label, str) else row.label) for row in part]
+        for part in parts
+    ]
+
+
+def _refuse_other_cases(path: Path, rows: list[FileRow], column: str) -> None:
+    first: dict[str, FileRow] = {}
+    for row in rows:
+        other = first.setdefault(str(row.label).casefold(), row)
+        if other.label != row.label:
+            refuse(
+                path,
+                row.number,
+                column,
+                f"the label {row.label!r} and the label {other.label!r} of line {other.number} differ only in the case "
+                "of their letters; write one of them, or give two classes different names",
+            )
 
 
 def _classes(path: Path, rows: list[FileRow], column: str) -> list[str | int]:
@@ -88,7 +133,7 @@ def _classes(path: Path, rows: list[FileRow], column: str) -> list[str | int]:
 
 def _is_whole(label: str) -> bool:
     # "01" and "1" are two labels, so only the canonical spelling counts as a number.
-    return label.lstrip("-").isdecimal() and label.isascii() and str(int(label)) == label
+    return _WHOLE_NUMBER.fullmatch(label) is not None and "." not in label and label != "-0"
 
 
 def _examples(path: Path, rows: list[FileRow], column: str, numbers: dict[str | int, int]) -> Examples:
@@ -109,7 +154,9 @@ def _examples(path: Path, rows: list[FileRow], column: str, numbers: dict[str | 
 
 
 def _read_csv(path: Path, text: tuple[str, ...], label: str) -> list[FileRow]:
-    reader = csv.reader(io.StringIO(read_text(path), newline=""), strict=True)
+    content = read_text(path)
+    csv.field_size_limit(max(csv.field_size_limit(), len(content)))  # the module's own limit is no fault of the file
+    reader = csv.reader(io.StringIO(content, newline=""), strict=True)
     rows = []
     header: list[str] | None = None
     columns: list[int] = []
@@ -131,8 +178,7 @@ def _read_csv(path: Path, text: tuple[str, ...], label: str) -> list[FileRow]:
                 )
             *fields, value = (cells[c] for c in columns)
             value = value.strip()
-            if value in ("", "nan", "NaN"):
-                refuse(path, reader.line_num, label, "the label is missing; fill it or drop the row")
+            _refuse_missing(path, reader.line_num, label, value)
             rows.append(_row(path, reader.line_num, text, fields, value))
     except csv.Error as error:
         refuse(
@@ -166,9 +212,14 @@ def _read_jsonl(path: Path, text: tuple[str, ...], label: str) -> list[FileRow]:
             if not isinstance(record[name], str):
                 refuse(path, number, name, f"the text is {record[name]!r}; it must be a string")
         value = record[label]
+        if isinstance(value, bool):
+            value = str(value).lower()
+        if isinstance(value, float) and value.is_integer():
+            value = int(value)
         if isinstance(value, str):
             value = value.strip()
-        if isinstance(value, bool) or not isinstance(value, str | int) or value == "":
+            _refuse_missing(path, number, label, value)
+        if not isinstance(value, str | int):
             refuse(
                 path,
                 number,
@@ -179,6 +230,17 @@ def _read_jsonl(path: Path, text: tuple[str, ...], label: str) -> list[FileRow]:
     if not rows:
         refuse_file(path, "there is no example in it")
     return rows
+
+
+def _refuse_missing(path: Path, line: int, column: str, value: str) -> None:
+    if value in _MISSING:
+        reads = f" (it reads {value!r})" if value else ""
+        refuse(
+            path,
+            line,
+            column,
+            f"the label is missing{reads}; fill it or drop the row, and give a class of that name another one",
+        )
 
 
 def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

@@ -26,6 +26,12 @@ class Examples:
         return Examples(tuple(self.texts[i] for i in index), self.labels[index])
 
 
+def repetitions(train: Examples, evaluation: Examples) -> tuple[int, int]:
+    """How many training examples repeat an earlier one's text, and how many evaluation examples a training text."""
+    texts = set(train.texts)
+    return len(train) - len(texts), sum(text in texts for text in evaluation.texts)
+
+
 @dataclass(frozen=True, eq=False)
 class TaskData:
     """A task with its three disjoint splits.

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from itertools import chain
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import torch
 
-from fwlora_lab.data.task import Examples
+from fwlora_lab.data.task import Examples, Text
 from fwlora_lab.errors import UserError
 
 if TYPE_CHECKING:
@@ -27,12 +28,16 @@ class TokenTable:
         types: segment ids, int8 [N]; None if the model has none.
         offsets: int64 [n + 1].
         labels: int64 [n], or float32 [n] for regression.
+        cut_examples: how many were longer than max_length.
+        cut_tokens: how many tokens they lost.
     """
 
     tokens: torch.Tensor
     types: torch.Tensor | None
     offsets: torch.Tensor
     labels: torch.Tensor
+    cut_examples: int = 0
+    cut_tokens: int = 0
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -44,7 +49,13 @@ class TokenTable:
     def to(self, device: torch.device) -> TokenTable:
         """The same table on `device`."""
         types = None if self.types is None else self.types.to(device)
-        return TokenTable(self.tokens.to(device), types, self.offsets.to(device), self.labels.to(device))
+        return replace(
+            self,
+            tokens=self.tokens.to(device),
+            types=types,
+            offsets=self.offsets.to(device),
+            labels=self.labels.to(device),
+        )
 
 
 def tokenize(examples: Examples, tokenizer: PreTrainedTokenizerBase, max_length: int, truncation: bool) -> TokenTable:
@@ -88,12 +99,28 @@ def tokenize(examples: Examples, tokenizer: PreTrainedTokenizerBase, max_length:
             f"more than {max_length}, and dataset.truncation is false; raise max_length or set "
             "truncation: true"
         )
+    # Only an example of exactly max_length tokens may have lost some.
+    full = [examples.texts[i] for i in np.flatnonzero(sizes[1:] == max_length)] if truncation else []
+    lost = [n - max_length for n in _lengths(full, tokenizer, pairs) if n > max_length]
     return TokenTable(
         tokens=torch.from_numpy(np.concatenate([np.zeros(0, np.int32), *tokens])),
         types=torch.from_numpy(np.concatenate([np.zeros(0, np.int8), *types])) if with_types else None,
         offsets=torch.from_numpy(sizes.cumsum()),
         labels=torch.from_numpy(examples.labels.copy()),
+        cut_examples=len(lost),
+        cut_tokens=sum(lost),
     )
+
+
+def _lengths(texts: Sequence[Text], tokenizer: PreTrainedTokenizerBase, pairs: bool) -> list[int]:
+    """How many tokens each text has in full, special ones included."""
+    lengths: list[int] = []
+    for start in range(0, len(texts), _CHUNK):
+        chunk = texts[start : start + _CHUNK]
+        fields: list[Any] = [list(f) for f in zip(*chunk, strict=True)] if pairs else [list(chunk)]
+        encoded = tokenizer(*fields, truncation=False, padding=False, return_attention_mask=False, verbose=False)
+        lengths += map(len, encoded["input_ids"])
+    return lengths
 
 
 def _flat(rows: list[list[int]], dtype: type) -> np.ndarray:

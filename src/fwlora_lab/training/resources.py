@@ -10,7 +10,7 @@ from fwlora_lab.catalog.tasks import TaskSpec
 from fwlora_lab.config.checks import check_warmup, warnings_of
 from fwlora_lab.config.schema import DatasetConfig, ModelConfig, RunConfig
 from fwlora_lab.data.load import load_task, split_task, whole_dataset
-from fwlora_lab.data.task import TaskData
+from fwlora_lab.data.task import TaskData, repetitions
 from fwlora_lab.data.tokens import TokenTable, tokenize
 from fwlora_lab.errors import UserError
 from fwlora_lab.lanes.architectures import missing_in_lanes
@@ -37,6 +37,7 @@ class ResourceCache:
     _tasks: dict[str, TaskData] = field(default_factory=dict)
     _backbones: dict[str, Backbone] = field(default_factory=dict)
     _tables: dict[tuple[str, str, str], TokenTable] = field(default_factory=dict)
+    _repetitions: dict[tuple[str, str], tuple[int, int]] = field(default_factory=dict)
     _skeletons: dict[tuple[str, TaskSpec], ClassifierSkeleton] = field(default_factory=dict)
 
     def task(self, dataset: DatasetConfig) -> TaskData:
@@ -107,6 +108,7 @@ class ResourceCache:
         notes = [*warnings_of(cfg), *plan.warnings]
         if cfg.training.mixed_precision == "bf16" and not in_bf16(cfg, self.device):
             notes.append("training.mixed_precision=bf16: this CPU has no instructions for it; the run trains in fp32.")
+        notes += self._notes_on_data(cfg)
         missing = _missing_in_lanes(cfg, backbone, plan)
         lanes = cfg.training.engine == "lanes" and missing is None
         if lanes and cfg.dataset.padding == "max_length":
@@ -132,6 +134,31 @@ class ResourceCache:
             folder=RunFolder(cfg.results_dir, cfg.run_id, run.seed),
             warnings=tuple(notes),
         )
+
+    def _notes_on_data(self, cfg: RunConfig) -> list[str]:
+        """What of the data is not read, or is read twice."""
+        data, evaluated_on = self.task(cfg.dataset), cfg.training.evaluate_on
+        notes = []
+        for split in ("train", evaluated_on):
+            table = self.tokens(cfg, split)
+            if table.cut_examples:
+                lost = table.cut_tokens / (table.cut_tokens + len(table.tokens))
+                notes.append(
+                    f"dataset.max_length={cfg.dataset.max_length} cuts {table.cut_examples} of {len(table)} {split} "
+                    f"texts ({table.cut_examples / len(table):.1%}): {lost:.1%} of all tokens are not read."
+                )
+        key = (cfg.dataset.model_dump_json(), evaluated_on)
+        if key not in self._repetitions:
+            self._repetitions[key] = repetitions(data.train, getattr(data, evaluated_on))
+        in_train, in_evaluation = self._repetitions[key]
+        if in_train:
+            notes.append(f"{in_train} of {len(data.train)} training texts repeat an earlier one.")
+        if in_evaluation:
+            notes.append(
+                f"{in_evaluation} of {len(getattr(data, evaluated_on))} {evaluated_on} texts are training texts too: "
+                "the scores on them say nothing about new texts."
+            )
+        return notes
 
 
 def _backbone_key(model: ModelConfig) -> str:

@@ -391,7 +391,9 @@ MALFORMED_CSV: dict[str, tuple[str | bytes, str]] = {
     "ragged after a break": ('text,label\n"a\nb",1\nc\n', r"line 4: 1 cells instead of 2"),
     "open quote": ('text,label\na,1\n"b,2\n', r"line 3: this is not valid CSV.*quotation mark"),
     "stray quote": ('text,label\n"a"b,1\n', r"line 2: this is not valid CSV"),
-    "huge cell": ("text,label\n" + "x" * 200_000 + ",1\n", r"line 2: this is not valid CSV"),
+    "NA": ("text,label\na,1\nb,NA\n", r"line 3, column 'label': the label is missing \(it reads 'NA'\).*another"),
+    "null": ("text,label\na,1\nb,null\n", r"line 3, column 'label': the label is missing \(it reads 'null'\)"),
+    "two cases": ("text,label\na,Good\nb,bad\nc,good\n", r"line 4.*'good' and the label 'Good' of line 2 differ only"),
     "no label": ("text,label\na,1\nb,\n", r"line 3, column 'label': the label is missing"),
     "NaN": ("text,label\na,1\nb,nan\n", r"line 3, column 'label': the label is missing"),
     "no text": ("text,label\na,1\n ,2\n", r"line 3, column 'text': the text is empty"),
@@ -412,12 +414,52 @@ MALFORMED_JSONL: dict[str, tuple[str | bytes, str]] = {
     "text is null": (JSON_ROW + '{"text": null, "label": 2}', r"line 2, column 'text'.*None"),
     "label is null": (JSON_ROW + '{"text": "b", "label": null}', r"line 2, column 'label'.*None"),
     "label is a float": (JSON_ROW + '{"text": "b", "label": 1.5}', r"column 'label'.*1.5.*whole"),
-    "label is a bool": (JSON_ROW + '{"text": "b", "label": true}', r"column 'label'.*True"),
+    "label is a bool": (JSON_ROW + '{"text": "b", "label": true}', r"column 'label': some labels are strings"),
     "mixed labels": (JSON_ROW + '{"text": "b", "label": "x"}', r"some labels are strings"),
     "half a surrogate": (JSON_ROW + '{"text": "\\ud800", "label": 2}', r"half a surrogate"),
     "too deep": ("[" * 100_000, r"line 1: this is not valid JSON"),
     "one class": (JSON_ROW * 3, r"all 3 labels in column 'label' are 1"),
 }
+
+
+@pytest.mark.parametrize(
+    ("train", "dev", "classes", "numbers"),
+    [
+        (["1", "0", "1.0"], ["0.0", "1"], ("0", "1"), [1, 0, 1]),
+        (["1.0", "0.0", "1.0"], ["0.0"], ("0.0", "1.0"), [1, 0, 1]),  # one spelling stays as it is
+        (["-1", "10", "9"], ["9.0"], ("-1", "9", "10"), [0, 2, 1]),
+        (["True", "false", "TRUE"], ["true"], ("TRUE", "false"), [0, 1, 0]),
+        (["--1", "-1", "a"], ["a"], ("--1", "-1", "a"), [0, 1, 2]),
+        (["01", "1", "2"], ["1"], ("01", "1", "2"), [0, 1, 2]),
+        (["nano", "none", "no"], ["no"], ("nano", "no", "none"), [0, 2, 1]),
+    ],
+)
+def test_labels_are_read_as_people_mean_them(tmp_path: Path, train, dev, classes, numbers) -> None:
+    def table(labels: list[str]) -> str:
+        return "text,label\n" + "".join(f"text {i},{label}\n" for i, label in enumerate(labels))
+
+    cfg = write_csv(tmp_path, table(train))
+    Path(str(cfg.eval_file)).write_text(table(dev))
+    data = load_task(cfg)
+    assert data.spec.labels == classes and data.train.labels.tolist() == numbers
+
+
+def test_a_json_label_may_be_a_truth_value_or_a_whole_float(tmp_path: Path) -> None:
+    rows = '{"text": "a", "label": true}\n{"text": "b", "label": false}\n'
+    cfg = write_jsonl(tmp_path, rows)
+    Path(str(cfg.eval_file)).write_text(rows)
+    assert load_task(cfg).spec.labels == ("false", "true")
+    rows = '{"text": "a", "label": 1}\n{"text": "b", "label": 2.0}\n{"text": "c", "label": 1.0}\n'
+    Path(str(cfg.train_file)).write_text(rows)
+    Path(str(cfg.eval_file)).write_text(rows)
+    assert load_task(cfg).train.labels.tolist() == [0, 1, 0]
+
+
+def test_a_text_may_be_as_long_as_it_is(tmp_path: Path) -> None:
+    long = "x" * 200_000
+    cfg = write_csv(tmp_path, f'text,label\n"{long}",1\nb,0\n')
+    Path(str(cfg.eval_file)).write_text("text,label\nb,0\n")
+    assert load_task(cfg).train.texts[0] == long
 
 
 @pytest.mark.parametrize("case", MALFORMED_CSV)

@@ -19,6 +19,7 @@ from tiny import World
 
 from fwlora_lab.catalog.methods import METHODS as METHOD_NAMES
 from fwlora_lab.config.schema import RunConfig
+from fwlora_lab.config.validation import with_values
 from fwlora_lab.data.load import load_task
 from fwlora_lab.data.tokens import collate, epoch_batches, tokenize
 from fwlora_lab.errors import UserError
@@ -188,6 +189,33 @@ def test_padding_does_not_change_the_result(tmp_path_factory: pytest.TempPathFac
 # --- what a run leaves --------------------------------------------------------------------------
 
 
+def test_texts_that_are_cut_or_repeated_are_counted_in_the_record(world: World, tmp_path: Path) -> None:
+    files = {
+        "train": ["the dog sees a cat well"] * 3 + ["the tree finds a boat " + "badly " * 20, "a house"],
+        "dev": ["the dog sees a cat well", "the bird eats " + "gladly " * 10, "a tree"],
+    }
+    for name, texts in files.items():
+        rows = "".join(f"{text},{i % 2}\n" for i, text in enumerate(texts))
+        (tmp_path / f"{name}.csv").write_text(f"text,label\n{rows}")
+    cfg = world.config(
+        "lora",
+        results_dir=str(tmp_path / "r"),
+        dataset__train_file=str(tmp_path / "train.csv"),
+        dataset__eval_file=str(tmp_path / "dev.csv"),
+        dataset__max_length=12,
+        training__epochs=1,
+    )
+    # With [CLS] and [SEP]: 3 of 8 tokens, one of 27 cut to 12, one of 4; and one of 8, one of 15 cut to 12, one of 4.
+    assert [text for text in run(cfg).warnings if "ignored" not in text] == [
+        "dataset.max_length=12 cuts 1 of 5 train texts (20.0%): 27.3% of all tokens are not read.",
+        "dataset.max_length=12 cuts 1 of 3 dev texts (33.3%): 11.1% of all tokens are not read.",
+        "2 of 5 training texts repeat an earlier one.",
+        "1 of 3 dev texts are training texts too: the scores on them say nothing about new texts.",
+    ]
+    longer = with_values(cfg, {"dataset.max_length": 32, "run_id": "longer"})
+    assert [text for text in run(longer).warnings if "cuts" in text] == []
+
+
 def test_the_record_tells_the_run(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(device, "cpu_has_bf16", lambda: False)
     cfg = world.config("fw_lora", training__mixed_precision="bf16")
@@ -199,9 +227,9 @@ def test_the_record_tells_the_run(world: World, monkeypatch: pytest.MonkeyPatch)
     assert record.config["training"]["seed"] == 5
     assert [(e.epoch, e.step) for e in record.epochs] == [(1, 11), (2, 22)]
     assert record.epochs[-1].learning_rate == 0.0
-    assert record.warnings == [
+    assert record.warnings[0] == (
         "training.mixed_precision=bf16: this CPU has no instructions for it; the run trains in fp32."
-    ]
+    )
     assert record.machine.precision == "fp32"
     times = record.times
     assert times is not None and set(times.phases) == {"warmup", "penalty"}
