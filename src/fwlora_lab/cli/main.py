@@ -15,8 +15,8 @@ from collections.abc import Sequence
 
 from fwlora_lab.cli.grammar import Command, UsageError, two_columns
 from fwlora_lab.config.former_names import FormerName
-from fwlora_lab.errors import UserError
-from fwlora_lab.text import did_you_mean, without_secrets
+from fwlora_lab.errors import UserError, is_out_of_memory
+from fwlora_lab.text import did_you_mean, one_line, without_secrets
 from fwlora_lab.training.stop_signals import EXIT_TERMINATED, Terminated, sigterm_raises
 
 # In the order in which people meet them. Each is a module of this folder with a `COMMAND`; importing one is quick.
@@ -90,7 +90,19 @@ def _run(words: list[str]) -> int:
     except UserError as error:
         print(without_secrets(f"fwlora: {error}"), file=sys.stderr)
         return 2
-    except ModuleNotFoundError as error:
+    except BrokenPipeError:  # `fwlora ... | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except Exception as error:
+        if is_out_of_memory(error):
+            print(
+                f"fwlora: too little memory: {one_line(error) or 'the system gave none'}. Finished runs are kept; free "
+                "some memory, or set a smaller training.batch_size, dataset.max_length or workers=.",
+                file=sys.stderr,
+            )
+            return 2
+        if not isinstance(error, ModuleNotFoundError):
+            raise
         package = (error.name or "").split(".")[0]
         if package in ("", "fwlora", "fwlora_lab"):
             raise
@@ -106,9 +118,6 @@ def _run(words: list[str]) -> int:
     except Terminated:
         print(_STOPPED, file=sys.stderr)
         return EXIT_TERMINATED
-    except BrokenPipeError:  # `fwlora ... | head`
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
 
 
 def _show_former_names_plainly() -> None:

@@ -93,7 +93,7 @@ class Checkpoints:
                 continue
             try:
                 states[run] = engine.state_dict(run)
-            except RuntimeError as error:
+            except (RuntimeError, MemoryError) as error:
                 run.failure = error
         return states
 

@@ -38,6 +38,14 @@ class Engine(Protocol):
         """Take a run out, its trained values in `run.state`; F by matrix, None for a method that observes none."""
         ...
 
+    def shrink(self, capacity: int) -> None:
+        """Take in at most so many runs from now on, after a step did not fit into the memory; no run is in."""
+        ...
+
+    def memory(self, run: ActiveRun) -> float | None:
+        """Bytes that one step takes of a run that is in, besides the encoder; None if that is not known."""
+        ...
+
     def state_dict(self, run: ActiveRun) -> dict[str, Any]:
         """All that the run is now: books, adapters, head, optimizer, randomness and the method's own state."""
         ...

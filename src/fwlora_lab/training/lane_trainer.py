@@ -121,6 +121,14 @@ class LaneTrainer:
         self._shapes.pop(run.index, None)
         return fisher
 
+    def shrink(self, capacity: int) -> None:
+        assert not self._runs
+        self.capacity = capacity
+        self._lanes = None  # its memory is free until the next run comes, and nothing of the broken step is left
+
+    def memory(self, run: ActiveRun) -> float | None:
+        return self._engine.memory(self._pack([_largest_batch(run)], [run]))
+
     def state_dict(self, run: ActiveRun) -> dict[str, Any]:
         return {"run": run.state_dict(), "lane": self._engine.lane_state(self._runs.index(run))}
 
@@ -141,9 +149,13 @@ class LaneTrainer:
 
     def _lanes_that_fit(self, run: ActiveRun) -> int:
         """How many lanes the free memory holds, judged by the first run's batch with the most tokens."""
-        largest = max(run.batches, key=lambda batch: int(run.lengths[batch].sum()))
-        fit = _MEMORY * free_memory(self.device) / self._engine.memory(self._pack([largest], [run]))
+        fit = _MEMORY * free_memory(self.device) / self._engine.memory(self._pack([_largest_batch(run)], [run]))
         return max(1, int(min(self.capacity, fit)))
+
+
+def _largest_batch(run: ActiveRun) -> Tensor:
+    """The examples of the run's batch with the most tokens in this epoch."""
+    return max(run.batches, key=lambda batch: int(run.lengths[batch].sum()))
 
 
 def make_lanes(jobs: Sequence[Job], width: int, device: torch.device) -> LaneEngine:

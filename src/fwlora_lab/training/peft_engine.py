@@ -76,6 +76,12 @@ class PeftEngine:
         method, self._method = self._method, None
         return method.fisher() if method is not None and run.failure is None else None
 
+    def shrink(self, capacity: int) -> None:
+        pass  # it takes one run at a time anyway
+
+    def memory(self, run: ActiveRun) -> float | None:
+        return None
+
     def state_dict(self, run: ActiveRun) -> dict[str, Any]:
         method = self.method
         state = method.state

@@ -13,12 +13,12 @@ import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
-from fwlora_lab.errors import UserError
+from fwlora_lab.errors import UserError, is_out_of_memory
 from fwlora_lab.records.folder import load_record
 from fwlora_lab.records.record import Epoch, Record
 from fwlora_lab.training.active_run import ActiveRun
 from fwlora_lab.training.checkpoints import Checkpoints, remove_checkpoints
-from fwlora_lab.training.device import pick_device
+from fwlora_lab.training.device import TooLittleMemory, pick_device
 from fwlora_lab.training.engine import Engine
 from fwlora_lab.training.events import (
     Evaluated,
@@ -179,6 +179,7 @@ class Scheduler:
         self._checkpoints = Checkpoints(resources.device, on_event)
         self._before_step: dict[ActiveRun, dict[str, Any]] | None = None  # the runs' states, in a slow step
         self._step_seconds = math.inf
+        self._crowded = False  # a step of several runs did not fit into the memory
         # One for all: they share lanes, or follow each other among the same others.
         self._measurement = uuid.uuid4().hex
 
@@ -209,15 +210,18 @@ class Scheduler:
     ) -> list[int]:
         """The same; `runs` are those in training at any time, whose folders are locked until `locks` closes."""
         busy: list[int] = []
+        again: list[int] = []  # had to make room, and go on from their checkpoints
         while True:
             while len(runs) < engine.capacity:
                 with signals.held(bool(runs)):
-                    if (index := next(queue, None)) is None:
+                    if (index := again.pop(0) if again else next(queue, None)) is None:
                         break
                     stack = locks.enter_context(contextlib.ExitStack())
                     claim = self._claim(index, stack, wait)
                     if claim is Claim.READY:
-                        runs.append(self._start(engine, index, stack))
+                        runs.append(self._start(engine, index, stack, others=len(runs)))
+                        if self._crowded:
+                            again += self._make_room(engine, runs)
                         continue
                     if claim is Claim.BUSY:
                         busy.append(index)
@@ -227,15 +231,21 @@ class Scheduler:
             with signals.held():
                 if self._settle(engine, runs, signals):
                     continue
-                self._step(engine, runs, signals)
-                self._settle(engine, runs, signals)
+                if not self._crowded:
+                    self._step(engine, runs, signals)
+                if not self._crowded:
+                    self._settle(engine, runs, signals)
+                if self._crowded:
+                    again += self._make_room(engine, runs)
             signals.check()
 
     def _settle(self, engine: Engine, runs: list[ActiveRun], signals: StopSignals) -> bool:
         """Close what is closed between two steps: epochs, checkpoints, runs; whether a run left its place."""
         ended = [run for run in runs if run.at_epoch_end]
         if ended:
-            self._evaluate(engine, ended, signals)
+            self._evaluate(engine, ended, runs, signals)
+            if self._crowded:
+                return False
         # A run that is alone and over leaves its record at once. Others need the checkpoint: if this process is killed
         # between the first one's record and the second one's, the second must not train its last steps alone.
         if self._checkpoints.are_due(runs) or (ended and not (len(runs) == 1 and runs[0].is_over)):
@@ -245,6 +255,35 @@ class Scheduler:
             runs.remove(run)
             self._finish(engine, run)
         return bool(over)
+
+    def _make_room(self, engine: Engine, runs: list[ActiveRun]) -> list[int]:
+        """Take all runs out, so that half as many train at once from now on; the runs' numbers."""
+        self._crowded = False
+        taken, left = list(runs), max(1, len(runs) // 2)
+        for run in taken:
+            run.stopped = True  # what it has become since its last checkpoint is left behind
+            engine.finish(run)
+            runs.remove(run)
+            run.resources.close()
+        engine.shrink(left)
+        text = f"too little memory for {len(taken)} runs at once: from their last checkpoints on, {left} at once"
+        self._on_event(Note(*taken[0].job.key, text))
+        return [run.index for run in taken]
+
+    def _fail(self, engine: Engine, runs: Sequence[ActiveRun], error: Exception, others: int = 0) -> None:
+        """Let these runs fail with the error; if it is too little memory, only one that had it to itself does."""
+        if not is_out_of_memory(error):
+            for run in runs:
+                run.failure = error
+        elif len(runs) + others > 1:
+            self._crowded = True
+        else:
+            (run,) = runs
+            try:
+                needed = engine.memory(run)
+            except Exception:  # the run was not in yet
+                needed = None
+            run.failure = TooLittleMemory(error, needed, self._device)
 
     def _claim(self, index: int, stack: contextlib.ExitStack, wait: bool) -> Claim:
         """Lock the job's folder, for as long as `stack` is open; a run that is there is filed at once."""
@@ -265,7 +304,7 @@ class Scheduler:
         self._on_event(RunStarted(*job.key, cfg.method_name, job.total_steps, epochs, index, len(self.jobs)))
         return Claim.READY
 
-    def _start(self, engine: Engine, index: int, stack: contextlib.ExitStack) -> ActiveRun:
+    def _start(self, engine: Engine, index: int, stack: contextlib.ExitStack, others: int) -> ActiveRun:
         run = ActiveRun(index, self.jobs[index], self._device, stack, self._measurement)
         try:
             engine.start(run)
@@ -273,7 +312,7 @@ class Scheduler:
         except UserError:
             raise
         except Exception as error:
-            run.failure = error
+            self._fail(engine, [run], error, others)
         for epoch in run.epochs:  # for whoever listens now, who did not hear of them
             self._report_epoch(run, epoch)
         return run
@@ -288,8 +327,7 @@ class Scheduler:
             with signals.held(not slow):
                 engine.step(runs)
         except Exception as error:
-            for run in runs:
-                run.failure = error
+            self._fail(engine, runs, error)
             return
         finally:
             self._step_seconds = time.monotonic() - started
@@ -300,14 +338,15 @@ class Scheduler:
             except RuntimeError as error:
                 run.failure = error
 
-    def _evaluate(self, engine: Engine, ended: Sequence[ActiveRun], signals: StopSignals) -> None:
-        """Close the epoch of the runs that ended one, all on the same evaluation examples."""
+    def _evaluate(
+        self, engine: Engine, ended: Sequence[ActiveRun], runs: Sequence[ActiveRun], signals: StopSignals
+    ) -> None:
+        """Close the epoch of those of the runs that ended one, all on the same evaluation examples."""
         try:
             with signals.held(False):  # it changes nothing, and can be done again
                 logits = engine.evaluate(ended)
         except Exception as error:
-            for run in ended:
-                run.failure = error
+            self._fail(engine, ended, error, others=len(runs) - len(ended))
             return
         for run, own in zip(ended, logits, strict=True):
             try:
@@ -328,7 +367,7 @@ class Scheduler:
         fisher: Mapping[str, float] | None = None
         try:
             fisher = engine.finish(run)
-        except RuntimeError as error:  # a lost GPU cannot be waited for
+        except (RuntimeError, MemoryError) as error:  # a lost GPU cannot be waited for
             run.failure = run.failure or error
         if run.stopped:
             remove_checkpoints(run.job)
