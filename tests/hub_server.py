@@ -45,6 +45,8 @@ class HubServer:
 
     repositories: dict[tuple[str, str], Repository] = field(default_factory=dict)
     requests: list[str] = field(default_factory=list)
+    refusals: list[tuple[str, int, dict[str, str]]] = field(default_factory=list)
+    """The next answers, each once: the request that it is for (a part of `GET /path`), its status and headers."""
 
     def __enter__(self) -> HubServer:
         hub = self
@@ -139,6 +141,10 @@ class _Handler(BaseHTTPRequestHandler):
         self.server_hub.requests.append(f"{self.command} {path}")
         if path == "/":
             return self._send(200, b"a hub")
+        for refusal in self.server_hub.refusals:
+            if refusal[0] in f"{self.command} {path}":
+                self.server_hub.refusals.remove(refusal)
+                return self._send(refusal[1], b"busy", refusal[2])
         for pattern, handle in (
             (_PATHS, self._paths),
             (_TREE, self._tree),

@@ -6,6 +6,8 @@ import contextlib
 import os
 import re
 import sys
+import time
+from collections.abc import Callable
 from pathlib import Path
 
 from huggingface_hub import HfApi, constants, get_cached_repo_tree, snapshot_download
@@ -27,6 +29,8 @@ from fwlora_lab.text import did_you_mean
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
 _TIMEOUT_S = 3.0
+_BUSY = frozenset({500, 502, 503, 504})  # answers of a hub that may be fine a moment later
+_WAITS_S = (0.5, 1.0, 2.0)  # before the second, third and fourth try
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 CONFIG_AND_TOKENIZER_FILES = [
     "config.json",
@@ -109,7 +113,7 @@ def download(repo: str, commit: str, files: list[str]) -> Path:
     # If the hub cannot be reached, the library retries for half a minute before it reads its cache.
     trouble = hub_trouble()
     try:
-        return snapshot(local=trouble is not None)
+        return _patiently(lambda: snapshot(local=trouble is not None))
     except GatedRepoError as error:
         raise UserError(
             f"{what}: the model is gated. Accept its terms at {constants.ENDPOINT}/{repo}, log in "
@@ -139,6 +143,21 @@ def download(repo: str, commit: str, files: list[str]) -> Path:
         raise UserError(f"{what}: the hub answered {first_line(error)}. Try again later, {elsewhere}.") from error
     except Exception as error:  # proxies, certificates, a full disk, a download that broke off
         raise UserError(f"{what}: the download failed ({first_line(error)}). Try again, {elsewhere}.") from error
+
+
+def _patiently(fetch: Callable[[], Path]) -> Path:
+    """`fetch()`, which is tried again after a short wait while the hub cannot send a file.
+
+    The library itself waits for a busy hub, but not if a file's download is answered with 500 to 504.
+    """
+    for wait in _WAITS_S:
+        try:
+            return fetch()
+        except HfHubHTTPError as error:
+            if error.response.status_code not in _BUSY or "/resolve/" not in str(error.response.url):
+                raise
+        time.sleep(wait)
+    return fetch()
 
 
 def names_on_hub(repo: str, commit: str, folder: Path) -> set[str]:
