@@ -24,4 +24,11 @@ def is_out_of_memory(error: BaseException) -> bool:
     return isinstance(error, Exception) and any(words in text for words in _TOO_LITTLE)
 
 
-_TOO_LITTLE = ("can't allocate memory", "cannot allocate memory", "not enough memory", "(os error 12)", "bad_alloc")
+_TOO_LITTLE = (
+    "can't allocate memory",
+    "cannot allocate memory",
+    "not enough memory",
+    "(os error 12)",
+    "bad_alloc",
+    "failed to map segment",  # of a library that is loaded when it is first needed
+)

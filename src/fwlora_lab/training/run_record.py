@@ -13,11 +13,12 @@ from datetime import UTC, datetime
 import torch
 
 from fwlora_lab.config.fingerprint import fingerprint
+from fwlora_lab.errors import is_out_of_memory
 from fwlora_lab.records.environment import cpu_name, git_commit, versions
 from fwlora_lab.records.record import BackboneInfo, Failure, Machine, Record, Times
 from fwlora_lab.text import without_secrets
 from fwlora_lab.training.active_run import ActiveRun
-from fwlora_lab.training.device import in_bf16, peak_memory
+from fwlora_lab.training.device import TooLittleMemory, in_bf16, peak_memory
 from fwlora_lab.training.events import EventCallback, RunFailed, RunFinished
 
 
@@ -30,7 +31,7 @@ def write_record(run: ActiveRun, fisher: Mapping[str, float] | None, on_event: E
         except Exception as error:
             failure = error
     if failure is not None:
-        record = job.folder.write(make_record(run, None, _as_failure(failure)), job.cfg)
+        record = job.folder.write(make_record(run, None, _as_failure(failure, run.device)), job.cfg)
         on_event(RunFailed(*job.key, record))
         return record
     assert run.state is not None
@@ -45,7 +46,9 @@ def write_record(run: ActiveRun, fisher: Mapping[str, float] | None, on_event: E
     return record
 
 
-def _as_failure(error: Exception) -> Failure:
+def _as_failure(error: Exception, device: torch.device) -> Failure:
+    if is_out_of_memory(error) and not isinstance(error, TooLittleMemory):
+        error = TooLittleMemory(error, None, device)
     return Failure(
         type=type(error).__name__,
         message=without_secrets(str(error)),

@@ -352,7 +352,7 @@ class Scheduler:
             try:
                 run.close_epoch(own)
             except Exception as error:
-                run.failure = error
+                self._fail(engine, [run], error)
                 continue
             self._report_epoch(run, run.epochs[-1])
 
