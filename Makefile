@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test coverage floors newest check format docs bench clean
+.PHONY: demo test coverage faults floors newest check format docs bench clean
 
 demo: .venv/lab.done
 	$(BIN)/fwlora demo
@@ -27,6 +27,10 @@ newest: .venv-newest/core.done
 	.venv-$*/bin/python scripts/core_versions.py $* > .venv-$*/requirements.txt
 	.venv-$*/bin/pip install --quiet --requirement .venv-$*/requirements.txt --editable .
 	touch $@
+
+# Breaks training in many ways, many times, and prints what survived; about half an hour on two cores, not part of `make test`.
+faults: .venv/dev.done
+	$(BIN)/python scripts/faults.py
 
 # Linter, formatting and types.
 check: .venv/dev.done

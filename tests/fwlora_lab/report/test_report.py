@@ -29,6 +29,7 @@ from fwlora_lab.analysis.results import read_study, seeds_text
 from fwlora_lab.analysis.study import Analysis, analyse, seconds_doubt
 from fwlora_lab.cli.main import main
 from fwlora_lab.errors import UserError
+from fwlora_lab.files import json_text, seal
 from fwlora_lab.records.folder import RunFolder
 from fwlora_lab.records.study_plan import load_plan, write_plan
 from fwlora_lab.report import figures, pictures, svg
@@ -573,7 +574,8 @@ def test_hostile_text_stays_text(tmp_path, drawn):
     failure = {"type": EVIL, "message": EVIL, "traceback": EVIL}
     made = fake_study.record(cfg, 3, 0.5, status="failed", error=failure)
     fake_study.write(tmp_path, cfg, made)
-    fake_study.write(tmp_path, cfg, made.model_copy(update={"run_id": evil_run}))
+    evil = cfg.model_copy(update={"run_id": evil_run})
+    fake_study.write(tmp_path, evil, made.model_copy(update={"run_id": evil_run}))
     (tmp_path / "cola-0.2-lora" / "search").mkdir()
     (tmp_path / "cola-0.2-lora" / "search" / "history.svg").write_text(EVIL_SVG)
     page = page_of(tmp_path)
@@ -719,7 +721,8 @@ def test_airas_proposed_runs_are_those_that_say_so(tmp_path):
     for cell in plan.cells:
         (tmp_path / cell.run_id).rename(tmp_path / run_ids[cell.method])
         for file in (tmp_path / run_ids[cell.method]).glob("*/record.json"):
-            file.write_text(file.read_text().replace(cell.run_id, run_ids[cell.method]))
+            values = json.loads(file.read_text().replace(cell.run_id, run_ids[cell.method]))
+            file.write_text(json_text(seal(values)))
     cells = [cell.model_copy(update={"run_id": run_ids[cell.method]}) for cell in plan.cells]
     write_plan(tmp_path, plan.model_copy(update={"cells": cells}))
     found = aggregated_metrics(analyse(read_study(tmp_path)))

@@ -460,7 +460,7 @@ def test_each_run_is_looked_up_once(world, monkeypatch):
     looked_up = count_calls(monkeypatch, status_of)
     run_study(plan(world, "seeds=0..1", "methods=lora"))
     # The run that is left to train is looked up again by `train_runs`, which another process may have overtaken.
-    assert [(cfg.run_id, seed) for cfg, seed, _ in looked_up if seed == 0] == [("csv-7-lora", 0)]
+    assert [(cfg.run_id, seed) for cfg, seed, *_ in looked_up if seed == 0] == [("csv-7-lora", 0)]
 
 
 # --- killed, stopped, in several processes ------------------------------------------------------
