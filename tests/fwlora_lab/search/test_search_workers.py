@@ -302,7 +302,8 @@ def test_workers_leave_with_the_one_that_launched_them(world):
 
 
 def late(parent: int) -> None:
-    launch._Task(functools.partial(time.sleep, 600), parent)(OmegaConf.create())
+    pids = Path(tempfile.mkdtemp())
+    launch._Task(functools.partial(time.sleep, 600), parent, pids)(OmegaConf.create())
 
 
 def test_a_worker_that_begins_after_its_launcher_was_killed_leaves_at_once():
