@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import huggingface_hub
-import optuna
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -303,6 +302,7 @@ def test_a_checkpoint_without_the_state_is_refused(tmp_path):
 
 
 def test_hyperparameter_search_saves_each_trial(tmp_path, whole):
+    optuna = pytest.importorskip("optuna", reason="the core does not need it")
     rates = [3e-3, 1e-2]
     callback = FWLoraCallback(CONFIG)
     trainer = trainer_of(tmp_path, None, callback, model_init=lambda trial: bert(), save_strategy="steps", save_steps=2)

@@ -14,7 +14,6 @@ from typing import Any
 
 import pytest
 import torch
-from datasets import Dataset
 from peft import LoraConfig, get_peft_model
 from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import Tensor, nn
@@ -24,6 +23,7 @@ import fwlora
 from fwlora import FWLoraCallback, FWLoraConfig
 
 trl = pytest.importorskip("trl", reason="trl is in the extra dev")
+datasets = pytest.importorskip("datasets", reason="trl needs it")
 
 STEPS = 6
 CONFIG = FWLoraConfig(warmup_steps=3, fisher_ema_decay=0.5, penalty_strength=0.5)
@@ -55,18 +55,22 @@ def tokenizer() -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(tokenizer_object=words, pad_token="[PAD]", eos_token="[EOS]", unk_token="[UNK]")
 
 
-def texts() -> Dataset:
+def texts() -> Any:
     rng = random.Random(0)
-    return Dataset.from_list([{"text": " ".join(rng.choices(WORDS, k=rng.randint(3, 8)))} for _ in range(2 * STEPS)])
+    return datasets.Dataset.from_list(
+        [{"text": " ".join(rng.choices(WORDS, k=rng.randint(3, 8)))} for _ in range(2 * STEPS)]
+    )
 
 
-def preferences() -> Dataset:
+def preferences() -> Any:
     rng = random.Random(0)
 
     def some(k: int) -> str:
         return " " + " ".join(rng.choices(WORDS, k=k))
 
-    return Dataset.from_list([{"prompt": some(3), "chosen": some(4), "rejected": some(5)} for _ in range(2 * STEPS)])
+    return datasets.Dataset.from_list(
+        [{"prompt": some(3), "chosen": some(4), "rejected": some(5)} for _ in range(2 * STEPS)]
+    )
 
 
 def settings(folder: Path) -> dict[str, Any]:

@@ -29,7 +29,7 @@ _FOR_SEARCHES = ("optuna",)
 
 
 def doctor_lines(
-    glue_roots: Sequence[str] = ("data/glue", "glue", "../shared/glue"),
+    glue_roots: Sequence[str] = ("data/glue", "glue"),
 ) -> list[tuple[str, str, str]]:
     """(status, what, detail) of every finding: "ok", "warn" (works within limits) or "no"."""
     return [
