@@ -32,6 +32,7 @@ from fwlora_lab.models.backbones import load_backbone
 from fwlora_lab.records.folder import find_records, load_predictions, load_record, status_of
 from fwlora_lab.records.study_plan import load_plan
 from fwlora_lab.search.spec import SearchSpec
+from fwlora_lab.study import estimate as estimates
 from fwlora_lab.study import run as studies
 from fwlora_lab.study import workers
 from fwlora_lab.study.estimate import dry_run_lines, estimate
@@ -461,6 +462,14 @@ def test_each_run_is_looked_up_once(world, monkeypatch):
     run_study(plan(world, "seeds=0..1", "methods=lora"))
     # The run that is left to train is looked up again by `train_runs`, which another process may have overtaken.
     assert [(cfg.run_id, seed) for cfg, seed, *_ in looked_up if seed == 0] == [("csv-7-lora", 0)]
+
+
+def test_a_busy_moment_does_not_make_a_method_look_slow(world, monkeypatch):
+    """The machine is busy in the first probe of the first cell, and in the second one of the second."""
+    found = plan(world, "seeds=0..2")
+    seconds = iter([500.0, 10.0, 10.5, 400.0])
+    monkeypatch.setattr(estimates, "_seconds_of_a_run", lambda *_: next(seconds))
+    assert [row.seconds for row in estimate(found)] == [3 * 10.5, 3 * 10.0]
 
 
 # --- killed, stopped, in several processes ------------------------------------------------------
