@@ -25,14 +25,23 @@ def quiet(monkeypatch: pytest.MonkeyPatch) -> None:
     transformers.logging.set_verbosity_error()
 
 
+# transformers 4 knows no such model, or its own code fails: masks that overflow, experts that mix fp32 and fp64.
+NOT_IN_4 = ("exaone4", "smollm3", "mpt", "led", "clip", "qwen2_moe", "granitemoe", "phimoe", "deepseek_v3")
+IS_4 = int(transformers.__version__.split(".")[0]) < 5
+since_5 = pytest.mark.skipif(IS_4, reason="transformers 4 has no such layers")
+
+
 @pytest.mark.parametrize("architecture", ARCHITECTURES, ids=NAMES)
 def test_f_is_that_of_an_unfrozen_twin(architecture: Architecture) -> None:
+    if IS_4 and architecture.name in NOT_IN_4:
+        pytest.skip("transformers 4 cannot compute this model by itself")
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         result = compare(architecture)
     said = [str(w.message) for w in caught if str(w.message).startswith("fwlora")]
     # LED projects its global attention apart, which no token has here; Switch routes no token to some experts.
-    unused = architecture.name in ("led", "switch_transformers")
+    # transformers 4's RecurrentGemma reads no keys and values of one layer.
+    unused = architecture.name in ("led", "switch_transformers", *(("recurrent_gemma",) if IS_4 else ()))
     assert all(unused and "got no gradient" in text for text in said), said
     tolerance = 1e-12 if architecture.dtype == torch.float64 else 1e-5
     assert result.loss <= tolerance, "the attached model computes what the twin computes"
@@ -51,12 +60,14 @@ def named(name: str) -> Architecture:
     return next(a for a in ARCHITECTURES if a.name == name)
 
 
+@since_5
 def test_experts_that_are_parameters_are_refused_by_name() -> None:
     every = Architecture("mixtral", "mixture of experts", settings=EXPERTS, targets="all-linear")
     with pytest.raises(ValueError, match=r"layers\.0\.mlp\.\S+' .*ParamWrapper is not a Linear layer"):
         attached(every.model(), "exact")
 
 
+@since_5
 def test_a_layer_whose_weight_is_read_without_calling_it_is_named() -> None:
     """Mamba's dt_proj: LoRA on it never gets a gradient, so its F is 0 and it is said."""
     mamba = Architecture("mamba", "state space", settings=named("mamba").settings, targets=["in_proj", "dt_proj"])

@@ -15,6 +15,7 @@ from typing import Any
 import huggingface_hub
 import pytest
 import torch
+import transformers
 from safetensors.torch import load_file
 from torch import nn
 from torch.nn.functional import cross_entropy
@@ -331,6 +332,7 @@ def test_hyperparameter_search_saves_each_trial(tmp_path, whole):
     assert whole.equals(model, again.handle)
 
 
+@pytest.mark.skipif(transformers.__version__ < "5", reason="the hub's boundary is elsewhere in transformers 4")
 @pytest.mark.parametrize(
     ("strategy", "folder"), [("checkpoint", "last-checkpoint"), ("all_checkpoints", "checkpoint-4")]
 )
