@@ -68,7 +68,7 @@ def database_url(text: str) -> URL:
     if kind != "sqlite":
         raise UserError(f"optuna.storage={redacted(url)}: {kind} is not supported: {cure}")
     if url.database in (None, "", ":memory:"):
-        raise UserError(f"optuna.storage={text}: a study in memory is lost when its worker ends: {cure}")
+        raise UserError(f"optuna.storage={redacted(url)}: a study in memory is lost when its worker ends: {cure}")
     return url
 
 
@@ -147,7 +147,7 @@ def storage_errors(url: URL) -> Iterator[None]:
         cause: BaseException = error
         while cause.__cause__ is not None:
             cause = cause.__cause__
-        reason = str(getattr(cause, "orig", None) or cause).strip().splitlines()[0]
+        reason = without_secrets(str(getattr(cause, "orig", None) or cause).strip().splitlines()[0])
         raise UserError(
             f"optuna.storage={redacted(url)}: the study cannot be read or written: {reason}. Finished trials are "
             "kept; run the same command again to continue."
