@@ -31,4 +31,5 @@ _TOO_LITTLE = (
     "(os error 12)",
     "bad_alloc",
     "failed to map segment",  # of a library that is loaded when it is first needed
+    "can't start new thread",
 )

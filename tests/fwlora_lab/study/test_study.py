@@ -607,7 +607,8 @@ def kill_workers(world: World, how_many: int) -> threading.Thread:
 
     def watch() -> None:
         deadline = time.monotonic() + 120
-        while len(list(world.results.glob("*/seed-*/checkpoints"))) < 2 and time.monotonic() < deadline:
+        written = world.results.glob
+        while len({f.parent for f in written("*/seed-*/checkpoints/step-*.pt")}) < 2 and time.monotonic() < deadline:
             time.sleep(0.02)
         for process in multiprocessing.active_children()[:how_many]:
             process.kill()
